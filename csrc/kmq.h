@@ -1,0 +1,39 @@
+// The contract of the compiled code: every launcher, over raw pointers. No torch header here nor in any file but bindings.cpp.
+//
+// A packed matrix is drawn in kmq_kernels/packing.py. Row r of a weight uses codebook r / group_rows.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+namespace kmq {
+
+constexpr int64_t kBlock = 128;  // columns per block of a packed row
+constexpr int64_t kLanes = 16;
+
+enum class Dtype { f32, f64, bf16, f16 };
+
+struct Packed {
+  const uint8_t* data;  // [rows, row_bytes]
+  int64_t rows, cols;
+  int bits;
+  int64_t row_bytes() const { return (cols + kBlock - 1) / kBlock * kLanes * bits; }
+};
+
+// Calls body(begin, end) over a partition of [0, n) into ranges of at least `grain` items, possibly on several threads.
+// Results must not depend on the partition.
+using Parallel = std::function<void(int64_t n, int64_t grain, const std::function<void(int64_t begin, int64_t end)>& body)>;
+
+namespace cpu {
+
+// The instruction set that the kernels use on this machine: "avx2" or "scalar".
+const char* path();
+
+// weight [rows, cols] = codebook [G, K] at the indices; both of dtype.
+void dequantize(const Packed& packed, const void* codebook, Dtype dtype, int64_t group_rows, void* weight, const Parallel& parallel);
+
+// out [G, K] (fp64 for an fp64 gradient, else fp32) = sums of grad [rows, cols] over the members of each centroid.
+void codebook_grad(const void* grad, Dtype dtype, const Packed& packed, int64_t num_codebooks, int64_t group_rows, void* out,
+                   const Parallel& parallel);
+
+}  // namespace cpu
+}  // namespace kmq

@@ -1,0 +1,55 @@
+"""Builds the extension kmq_kernels._C: C++ only, or C++ and CUDA. The one build decision is made here.
+
+CUDA sources are built where torch was built for CUDA and knows a CUDA toolkit (CUDA_HOME). KMQ_CUDA=1 demands them and fails
+without; KMQ_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError:
+    sys.exit(
+        "kmq_kernels builds against the PyTorch that you run: install torch, then use\n    pip install --no-build-isolation ."
+    )
+
+ROOT = Path(__file__).parent
+DEFAULT_ARCHS = ("8.0", "8.6", "8.9", "9.0+PTX")
+
+
+def wants_cuda() -> bool:
+    switch = os.environ.get("KMQ_CUDA", "")
+    if switch not in ("", "0", "1"):
+        sys.exit(f"KMQ_CUDA: expected 0, 1 or nothing, got {switch!r}")
+    possible = torch.version.cuda is not None and CUDA_HOME is not None
+    if switch == "1" and not possible:
+        missing = "this torch was built without CUDA" if torch.version.cuda is None else "no CUDA toolkit was found"
+        sys.exit(f"KMQ_CUDA=1, but {missing}")
+    return possible and switch != "0"
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+# No -march or -mavx2 here: a kernel that needs AVX2 says so at the function and is chosen at run time. Contraction of a * b + c
+# is off so that the scalar and vector paths round alike.
+cxx = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+cpp_sources = ["csrc/bindings.cpp", *sources("csrc/cpu/*.cpp")]
+if wants_cuda():
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(DEFAULT_ARCHS))
+    cuda = torch.version.cuda
+    extension = CUDAExtension(
+        "kmq_kernels._C",
+        [*cpp_sources, *sources("csrc/cuda/*.cu")],
+        extra_compile_args={"cxx": [*cxx, f'-DKMQ_CUDA="{cuda}"'], "nvcc": ["-O3", "-std=c++17", "-lineinfo"]},
+    )
+else:
+    extension = CppExtension("kmq_kernels._C", cpp_sources, extra_compile_args={"cxx": cxx})
+
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
