@@ -2,13 +2,28 @@
 
 __version__ = "0.1.0"
 
-from .ops import (
-    build_info,
-    codebook_embedding,
-    codebook_grad,
-    codebook_linear,
-    pack,
-    unpack,
-)
+from .clustering import KMeansResult, kmeans, linear_codebook
+from .config import KMQConfig
+from .hf import load
+from .modules import CodebookEmbedding, CodebookLinear
+from .ops import build_info, codebook_embedding, codebook_grad, codebook_linear, pack, unpack
+from .quantize import dequantize_, quantize_
 
-__all__ = ["__version__", "build_info", "codebook_embedding", "codebook_grad", "codebook_linear", "pack", "unpack"]
+__all__ = [
+    "CodebookEmbedding",
+    "CodebookLinear",
+    "KMQConfig",
+    "KMeansResult",
+    "__version__",
+    "build_info",
+    "codebook_embedding",
+    "codebook_grad",
+    "codebook_linear",
+    "dequantize_",
+    "kmeans",
+    "linear_codebook",
+    "load",
+    "pack",
+    "quantize_",
+    "unpack",
+]

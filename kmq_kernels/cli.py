@@ -1,0 +1,307 @@
+"""`kmq`: the three stages and their parts from the command line."""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="K-means quantization of BERT-family models.")
+console = Console()
+
+
+class Scheme(str, enum.Enum):
+    """Clustering schemes."""
+
+    kmeans = "kmeans"
+    linear = "linear"
+
+
+class Granularity(str, enum.Enum):
+    """What shares a codebook."""
+
+    tensor = "tensor"
+    row = "row"
+    group = "group"
+
+
+class GradReduction(str, enum.Enum):
+    """Gradient of a centroid."""
+
+    sum = "sum"
+    mean = "mean"
+
+
+ModelArg = Annotated[str, typer.Argument(help="Model folder or hub id; 'minilm' is the one in the [demo] extra.")]
+OutOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
+TaskOption = Annotated[str | None, typer.Option("--task", help="banking77 or a GLUE name. [default: banking77]")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder with the GLUE task's own files.")]
+TrainFile = Annotated[Path | None, typer.Option(help="Own training data: csv, tsv or jsonl.")]
+ValidationFile = Annotated[Path | None, typer.Option(help="Own validation data: csv, tsv or jsonl.")]
+TextColumn = Annotated[list[str] | None, typer.Option(help="Column of the text; twice for pairs. [default: text]")]
+LabelColumn = Annotated[str, typer.Option(help="Column of the label.")]
+Steps = Annotated[int, typer.Option(help="Optimizer steps of stage 1.")]
+Batch = Annotated[int, typer.Option(help="Texts in a batch.")]
+Rate = Annotated[float, typer.Option(help="Learning rate of stage 1.")]
+MaxLength = Annotated[int, typer.Option(help="Tokens a text is cut to.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+def _task(name: str | None, data_dir: Path | None, train: Path | None, validation: Path | None, text: list[str] | None, label: str) -> Any:
+    from .tasks import load_task
+
+    files = {"train_file": train, "validation_file": validation}
+    return load_task(
+        name or (None if train else "banking77"), data_dir=data_dir, **files, text_columns=text or ("text",), label_column=label
+    )
+
+
+@app.command()
+def run(
+    model: ModelArg = "minilm",
+    out: OutOption = Path("kmq-run"),
+    task: TaskOption = None,
+    bits: Annotated[list[int] | None, typer.Option(help="Bits of an index, 1 to 8; may be given several times. [default: 4]")] = None,
+    scheme: Annotated[list[Scheme] | None, typer.Option(help="May be given several times. [default: kmeans]")] = None,
+    granularity: Granularity = Granularity.tensor,
+    group_rows: Annotated[int, typer.Option(help="Rows of a group.")] = 8,
+    preset: Annotated[str | None, typer.Option(help="'paper': the source's method as written.")] = None,
+    grad_reduction: Annotated[GradReduction | None, typer.Option(help="Gradient of a centroid. [default: sum]")] = None,
+    steps: Steps = 450,
+    second_steps: Annotated[int, typer.Option(help="Optimizer steps of stage 3 and of the control.")] = 60,
+    batch_size: Batch = 32,
+    learning_rate: Rate = 3e-4,
+    second_learning_rate: Annotated[float, typer.Option(help="Learning rate of stage 3 and of the control.")] = 1e-4,
+    codebook_lr_mult: Annotated[float, typer.Option(help="Codebooks learn this many times faster in stage 3.")] = 5.0,
+    max_length: MaxLength = 64,
+    seed: Seed = 0,
+    control: Annotated[bool, typer.Option(help="Also fine-tune the fp32 model for the steps of stage 3.")] = True,
+    data_dir: DataDir = None,
+    train_file: TrainFile = None,
+    validation_file: ValidationFile = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = "label",
+) -> None:
+    """Fine-tune, cluster, fine-tune again: a table and OUTPUT/results.json. The same command again resumes."""
+    from .config import KMQConfig
+    from .pipeline import Run, TrainingSettings
+
+    options: dict[str, Any] = {"granularity": granularity.value, "group_rows": group_rows, "preset": preset, "seed": seed}
+    if grad_reduction is not None:
+        options["grad_reduction"] = grad_reduction.value
+    configs = {}
+    for kind in scheme or [Scheme.kmeans]:
+        for width in bits or [4]:
+            configs[f"{preset or kind.value}-{width}bit"] = KMQConfig(bits=width, scheme=kind.value, **options)
+    shared = {"batch_size": batch_size, "codebook_lr_mult": codebook_lr_mult, "max_length": max_length, "seed": seed}
+    pipeline = Run(
+        model=model,
+        task=_task(task, data_dir, train_file, validation_file, text_column, label_column),
+        out=out,
+        configs=configs,
+        stage1=TrainingSettings(steps=steps, learning_rate=learning_rate, **shared),
+        stage3=TrainingSettings(steps=second_steps, learning_rate=second_learning_rate, **shared),
+        control=control,
+        command=["kmq", *sys.argv[1:]],
+        announce=lambda text: console.print(f"[bold]{text}[/bold]"),
+    )
+    results = pipeline()
+    console.print(results_table(results))
+    console.print(f"written: {out / 'results.json'}")
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """The table of a run: one row a model."""
+    metric = results["metric"]
+    table = Table(title=f"{results['request']['model']} on {results['request']['task']}: {metric}")
+    columns = ["model", "stage 2", "stage 3", "bits/weight", "MB on disk", "ratio", "s stage 2", "s stage 3"]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+
+    def size(facts: dict[str, Any]) -> tuple[str, ...]:
+        return f"{facts['bits_per_weight']:.2f}", f"{facts['bytes_on_disk'] / 1e6:.2f}", f"{facts['ratio']:.2f}x"
+
+    def value(facts: dict[str, Any]) -> str:
+        return f"{facts['metrics'][metric]:.4f}"
+
+    first, control = results["stage1"], results["control"]
+    table.add_row("fp32, stage 1", value(first), "", *size(first), f"{first['seconds']:.0f}", "")
+    if control is not None:
+        table.add_row("fp32, control", "", value(control), *size(control), "", f"{control['seconds']:.0f}")
+    for name, stages in results["quantized"].items():
+        second, third = stages["stage2"], stages["stage3"]
+        table.add_row(name, value(second), value(third), *size(third), f"{second['seconds']:.1f}", f"{third['seconds']:.0f}")
+    return table
+
+
+@app.command()
+def finetune(
+    model: ModelArg = "minilm",
+    out: OutOption = Path("kmq-finetuned"),
+    task: TaskOption = None,
+    steps: Steps = 450,
+    batch_size: Batch = 32,
+    learning_rate: Rate = 3e-4,
+    codebook_lr_mult: Annotated[float, typer.Option(help="Codebooks of a quantized MODEL learn this many times faster.")] = 5.0,
+    max_length: MaxLength = 64,
+    seed: Seed = 0,
+    data_dir: DataDir = None,
+    train_file: TrainFile = None,
+    validation_file: ValidationFile = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = "label",
+) -> None:
+    """Fine-tune MODEL on a task; a quantized model keeps its quantization (that is stage 3)."""
+    from . import pipeline
+
+    if out.exists():
+        raise pipeline.PipelineError(f"{out}: it exists; choose another folder or remove it")
+    settings = pipeline.TrainingSettings(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        codebook_lr_mult=codebook_lr_mult,
+        max_length=max_length,
+        seed=seed,
+    )
+    data = _task(task, data_dir, train_file, validation_file, text_column, label_column)
+    network, tokenizer = pipeline.load_for_task(pipeline.resolve_model(model), data, seed)
+    with pipeline.publish(out) as partial:
+        scratch = partial / "trainer"
+        pipeline.finetune(network, tokenizer, data, settings, scratch)
+        metrics = pipeline.evaluate(network, tokenizer, data, settings, scratch)
+        pipeline.shutil.rmtree(scratch, ignore_errors=True)
+        pipeline.save(network, tokenizer, partial)
+    _print_metrics(metrics)
+    console.print(f"written: {out}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of a fine-tuned model, quantized or not.")],
+    task: TaskOption = None,
+    max_length: MaxLength = 64,
+    data_dir: DataDir = None,
+    train_file: TrainFile = None,
+    validation_file: ValidationFile = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = "label",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The task's metrics of a model folder."""
+    import tempfile
+
+    from transformers import AutoTokenizer
+
+    from . import hf, pipeline
+
+    data = _task(task, data_dir, train_file, validation_file, text_column, label_column)
+    network = hf.load(model)
+    if network.config.num_labels != data.num_labels:
+        raise pipeline.PipelineError(f"{model}: it has {network.config.num_labels} labels, the task has {data.num_labels}")
+    settings = pipeline.TrainingSettings(max_length=max_length)
+    with tempfile.TemporaryDirectory() as scratch:
+        metrics = pipeline.evaluate(network, AutoTokenizer.from_pretrained(model), data, settings, Path(scratch))
+    if as_json:
+        print(json.dumps(metrics))
+    else:
+        _print_metrics(metrics)
+
+
+def _print_metrics(metrics: dict[str, float]) -> None:
+    table = Table("metric", "value")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    console.print(table)
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path | None, typer.Argument(help="Model folder; without it, only the build is shown.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What a model folder is made of: bits, codebooks and bytes of every layer; and which implementation each op has here."""
+    from . import hf, ops
+    from .modules import CodebookModule
+    from .quantize import model_size
+
+    content: dict[str, Any] = {"build": ops.build_info()}
+    if model is not None:
+        network = hf.load(model)
+        size = model_size(network)
+        layers = [
+            {
+                "name": name,
+                "kind": type(module).__name__,
+                "shape": [module.rows, module.cols],
+                "bits": module.bits,
+                "codebooks": module.codebook.shape[0],
+                "bytes": module.packed.numel() + module.codebook.numel() * module.codebook.element_size(),
+            }
+            for name, module in network.named_modules()
+            if isinstance(module, CodebookModule)
+        ]
+        quantization = getattr(network.config, "quantization_config", None)
+        content["model"] = {
+            "path": str(model),
+            "config": None if quantization is None else quantization.to_dict(),
+            "layers": layers,
+            "weights": size.weights,
+            "quantized_weights": size.quantized_weights,
+            "bytes": size.total_bytes,
+            "bits_per_weight": size.bits_per_weight,
+            "ratio": size.ratio,
+        }
+    if as_json:
+        print(json.dumps(content))
+        return
+    if model is not None:
+        table = Table("layer", "kind", "shape", "bits", "codebooks", "bytes", title=str(model))
+        for layer in content["model"]["layers"]:
+            shape = "x".join(map(str, layer["shape"]))
+            table.add_row(
+                layer["name"], layer["kind"], shape, str(layer["bits"]), str(layer["codebooks"]), f"{layer['bytes']:,}"
+            )
+        console.print(table)
+        left = (content["model"]["config"] or {}).get("skip") or []
+        console.print(f"left in floating point: {', '.join(left) or 'every layer' if not layers else ', '.join(left) or 'none'}")
+        console.print(
+            f"{size.weights:,} weights, {size.total_bytes:,} bytes, {size.bits_per_weight:.3f} bits per weight, {size.ratio:.2f}x smaller"
+        )
+    build = content["build"]
+    table = Table("op", "cpu", "cuda", title=f"kmq_kernels {build['version']}, torch {build['torch']}")
+    for name, where in build["ops"].items():
+        table.add_row(name, where["cpu"], where["cuda"])
+    console.print(table)
+    console.print(f"extension: {build['extension']}")
+
+
+def main() -> None:
+    """Runs the command line: a mistake of the user ends in one sentence and exit code 1, Ctrl-C in 130."""
+    from safetensors import SafetensorError
+
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as request:
+        sys.exit(request.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("\nkmq: interrupted; what was finished is kept, and `kmq run` with the same options goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
+        print(f"kmq: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:  # click's usage errors know how to show themselves
+        if not hasattr(error, "show"):
+            raise
+        error.show()
+        sys.exit(getattr(error, "exit_code", 2))
+
+
+if __name__ == "__main__":
+    main()
