@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from .clustering import ClusteredMatrix, KMeansResult, cluster_matrices, kmeans, linear_codebook
 from .ops import (
     build_info,
     codebook_embedding,
@@ -11,4 +12,17 @@ from .ops import (
     unpack,
 )
 
-__all__ = ["__version__", "build_info", "codebook_embedding", "codebook_grad", "codebook_linear", "pack", "unpack"]
+__all__ = [
+    "ClusteredMatrix",
+    "KMeansResult",
+    "__version__",
+    "build_info",
+    "cluster_matrices",
+    "codebook_embedding",
+    "codebook_grad",
+    "codebook_linear",
+    "kmeans",
+    "linear_codebook",
+    "pack",
+    "unpack",
+]
