@@ -1,0 +1,58 @@
+"""Brute force in float64, independent of the package: what the tests compare with."""
+
+import itertools
+
+import numpy as np
+
+# k-means in one dimension
+
+
+def partition_cost(x, w, edges):
+    """Weighted squared error of the sorted points, each interval of `edges` around its own mean."""
+    cost = 0.0
+    for i, j in itertools.pairwise(edges):
+        mean = np.average(x[i:j], weights=w[i:j])
+        cost += float(np.sum(w[i:j] * (x[i:j] - mean) ** 2))
+    return cost
+
+
+def kmeans_every_partition(values, num_centroids, weight=None):
+    """The optimum, by trying every partition of the distinct values into intervals."""
+    x, w = distinct(values, weight)
+    if len(x) <= num_centroids:
+        return 0.0
+    cuts = itertools.combinations(range(1, len(x)), num_centroids - 1)
+    return min(partition_cost(x, w, (0, *cut, len(x))) for cut in cuts)
+
+
+def kmeans_optimum(values, num_centroids, weight=None):
+    """The optimum, by the textbook dynamic program over all pairs of distinct values: O(K n^2)."""
+    x, w = distinct(values, weight)
+    n = len(x)
+    if n <= num_centroids:
+        return 0.0
+    x = x - np.average(x, weights=w)
+    total, first, second = (np.concatenate([[0.0], np.cumsum(v)]) for v in (w, w * x, w * x * x))
+    best = np.full(n + 1, np.inf)
+    best[0] = 0.0
+    i = np.arange(n + 1)
+    for _ in range(num_centroids):
+        layer = np.full(n + 1, np.inf)
+        for j in range(1, n + 1):
+            before = i[:j]
+            sums = first[j] - first[before]
+            cost = second[j] - second[before] - sums * sums / (total[j] - total[before])
+            layer[j] = np.min(best[:j] + cost)
+        best = layer
+    return float(best[n])
+
+
+def distinct(values, weight=None):
+    """Sorted distinct values that have a positive weight, and the weight of each, in float64."""
+    values = np.asarray(values, np.float64)
+    weight = np.ones_like(values) if weight is None else np.asarray(weight, np.float64)
+    used = weight > 0
+    x, inverse = np.unique(values[used], return_inverse=True)
+    w = np.zeros(len(x))
+    np.add.at(w, inverse, weight[used])
+    return x, w
