@@ -53,7 +53,9 @@ MaxLength = Annotated[int, typer.Option(help="Tokens a text is cut to.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
-def _task(name: str | None, data_dir: Path | None, train: Path | None, validation: Path | None, text: list[str] | None, label: str) -> Any:
+def _task(
+    name: str | None, data_dir: Path | None, train: Path | None, validation: Path | None, text: list[str] | None, label: str
+) -> Any:
     from .tasks import load_task
 
     files = {"train_file": train, "validation_file": validation}
@@ -67,7 +69,7 @@ def run(
     model: ModelArg = "minilm",
     out: OutOption = Path("kmq-run"),
     task: TaskOption = None,
-    bits: Annotated[list[int] | None, typer.Option(help="Bits of an index, 1 to 8; may be given several times. [default: 4]")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="Bits of an index, 1 to 8; may be repeated. [default: 4]")] = None,
     scheme: Annotated[list[Scheme] | None, typer.Option(help="May be given several times. [default: kmeans]")] = None,
     granularity: Granularity = Granularity.tensor,
     group_rows: Annotated[int, typer.Option(help="Rows of a group.")] = 8,
@@ -99,7 +101,7 @@ def run(
     for kind in scheme or [Scheme.kmeans]:
         for width in bits or [4]:
             configs[f"{preset or kind.value}-{width}bit"] = KMQConfig(bits=width, scheme=kind.value, **options)
-    shared = {"batch_size": batch_size, "codebook_lr_mult": codebook_lr_mult, "max_length": max_length, "seed": seed}
+    shared: dict[str, Any] = {"batch_size": batch_size, "codebook_lr_mult": codebook_lr_mult, "max_length": max_length, "seed": seed}
     pipeline = Run(
         model=model,
         task=_task(task, data_dir, train_file, validation_file, text_column, label_column),
@@ -269,11 +271,10 @@ def inspect(
                 layer["name"], layer["kind"], shape, str(layer["bits"]), str(layer["codebooks"]), f"{layer['bytes']:,}"
             )
         console.print(table)
-        left = (content["model"]["config"] or {}).get("skip") or []
-        console.print(f"left in floating point: {', '.join(left) or 'every layer' if not layers else ', '.join(left) or 'none'}")
-        console.print(
-            f"{size.weights:,} weights, {size.total_bytes:,} bytes, {size.bits_per_weight:.3f} bits per weight, {size.ratio:.2f}x smaller"
-        )
+        left = (content["model"]["config"] or {"skip": ["every layer"]})["skip"]
+        console.print(f"left in floating point: {', '.join(left) or 'no layer'}")
+        figures = f"{size.weights:,} weights, {size.total_bytes:,} bytes, {size.bits_per_weight:.3f} bits per weight"
+        console.print(f"{figures}, {size.ratio:.2f}x smaller")
     build = content["build"]
     table = Table("op", "cpu", "cuda", title=f"kmq_kernels {build['version']}, torch {build['torch']}")
     for name, where in build["ops"].items():
@@ -291,7 +292,7 @@ def main() -> None:
     except typer.Exit as request:
         sys.exit(request.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        print("\nkmq: interrupted; what was finished is kept, and `kmq run` with the same options goes on from there", file=sys.stderr)
+        print("\nkmq: interrupted; what was finished is kept, and `kmq run` as before goes on from there", file=sys.stderr)
         sys.exit(130)
     except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         print(f"kmq: {error}", file=sys.stderr)

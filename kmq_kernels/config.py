@@ -69,7 +69,7 @@ class KMQConfig(QuantizationConfigMixin):
     tol: float = 0.0
     seed: int = 0
     grad_reduction: str = "sum"
-    quant_method: str = QUANT_METHOD
+    quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # the base class knows its own methods only
 
     def __post_init__(self) -> None:
         if self.preset is not None:

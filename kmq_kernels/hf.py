@@ -66,15 +66,19 @@ class KMQQuantizer(HfQuantizer):
 
 def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in safetensors files; a damaged file is named."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (a safe_open handle is not iterable)
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not a complete safetensors file ({error})") from None
+        shapes.update(_shapes_of(file))
     return shapes
+
+
+def _shapes_of(file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a complete safetensors file ({error})") from None
 
 
 def _check_tensors(modules: dict[str, CodebookModule], files: list[Path], prefix: str) -> None:

@@ -23,7 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -115,7 +115,8 @@ def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[
 def _training_arguments(folder: Path, settings: TrainingSettings, **more: Any) -> TrainingArguments:
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     # transformers renamed this within 5.x.
-    bucketing = {"train_sampling_strategy": "group_by_length"} if "train_sampling_strategy" in known else {"group_by_length": True}
+    renamed = "train_sampling_strategy" in known
+    bucketing = {"train_sampling_strategy": "group_by_length"} if renamed else {"group_by_length": True}
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -145,11 +146,14 @@ class _StageTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over `parameter_groups`."""
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(parameter_groups(self.model, self._settings), lr=self._settings.learning_rate)
+            groups = parameter_groups(cast(nn.Module, self.model), self._settings)
+            self.optimizer = torch.optim.AdamW(groups, lr=self._settings.learning_rate)
         return self.optimizer
 
 
-def _trainer(model: Any, tokenizer: Any, settings: TrainingSettings, scratch: Path, train: Any = None, metrics: Any = None) -> Trainer:
+def _trainer(
+    model: Any, tokenizer: Any, settings: TrainingSettings, scratch: Path, train: Any = None, metrics: Any = None
+) -> Trainer:
     return _StageTrainer(
         settings,
         model=model,

@@ -137,9 +137,8 @@ def swap_empty(model: nn.Module, config: KMQConfig) -> dict[str, CodebookModule]
 
 def _retie(model: nn.Module, names: set[str], packed: bool) -> None:
     """transformers ties parameters by name: X.weight becomes X.codebook and X.packed, or back."""
-    old, new = ("weight",), ("codebook", "packed")
-    if not packed:
-        old, new = new, old
+    forms: tuple[tuple[str, ...], ...] = (("weight",), ("codebook", "packed"))
+    old, new = forms if packed else forms[::-1]
     for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
         keys = getattr(model, attribute, None)
         if not isinstance(keys, dict):

@@ -1,0 +1,51 @@
+# The commands a person types. `make demo` and `make test` do all their own set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_OUT ?= demo-out
+STEPS ?= 450
+
+.PHONY: help demo test test-slow lint bench gpu clean
+help:
+	@echo "make demo       the three stages on the embedded model and data, a table and $(DEMO_OUT)/results.json"
+	@echo "make test       lint, types and the test suite"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      the CPU benchmarks"
+	@echo "make gpu        on a CUDA machine, in the current environment: build, tests marked gpu, benchmarks, result file"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and alone: the extension builds against it, and its pin keeps the CUDA packages away.
+$(VENV)/installed: requirements/dev.txt requirements/demo.txt | $(BIN)/python
+	$(BIN)/pip install -q "$$(grep '^torch==' requirements/dev.txt)"
+	$(BIN)/pip install -q -r requirements/dev.txt
+	$(BIN)/pip install -q --no-deps -r requirements/demo.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: $(VENV)/built
+	$(BIN)/kmq run minilm --task banking77 --bits 4 --bits 3 --bits 2 --scheme kmeans --scheme linear --steps $(STEPS) -o $(DEMO_OUT)
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/built
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+bench: $(VENV)/built
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+
+clean:
+	rm -rf build *.egg-info kmq_kernels/*.so $(VENV)/built

@@ -1,0 +1,67 @@
+"""Shared fixtures: determinism, poisoned uninitialised memory, tiny models of every family."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty gives NaN (or the largest integer), so a lane that a kernel did not write is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+_SMALL = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+FAMILIES = {
+    "bert": ("BertConfig", {}),
+    "roberta": ("RobertaConfig", {"pad_token_id": 1}),
+    "distilbert": ("DistilBertConfig", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}),
+    "albert": ("AlbertConfig", {"embedding_size": 16}),
+    "electra": ("ElectraConfig", {"embedding_size": 16}),
+    "mpnet": ("MPNetConfig", {"pad_token_id": 1}),
+    "deberta-v2": (
+        "DebertaV2Config",
+        {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm",
+         "share_att_key": True, "position_biased_input": False, "pooler_hidden_size": 32},
+    ),
+}  # fmt: skip
+
+
+def family_config(family, **options):
+    """A small random configuration of a family, three labels."""
+    name, own = FAMILIES[family]
+    common = {} if family == "distilbert" else _SMALL
+    base = {"vocab_size": 120, "max_position_embeddings": 40, "num_labels": 3}
+    return getattr(transformers, name)(**{**base, **common, **own, **options})
+
+
+def family_model(family, head="SequenceClassification", **options):
+    """A small random model of a family in eval mode."""
+    torch.manual_seed(1)
+    config = family_config(family, **options)
+    auto = getattr(transformers, f"AutoModelFor{head}")
+    return auto.from_config(config).eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(5, 120, (4, 12), generator=torch.Generator().manual_seed(3))

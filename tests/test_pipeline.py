@@ -1,0 +1,177 @@
+"""The three stages end to end on a tiny model: resuming, refusing, repeating bit for bit."""
+
+import json
+
+import pytest
+import torch
+from conftest import family_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import kmq_kernels as kmq
+from kmq_kernels import cli, pipeline
+from kmq_kernels.modules import CodebookModule
+from kmq_kernels.tasks import load_task
+
+WORDS = ["good", "bad", "fine", "poor", "film", "day", "food", "very", "not"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny BERT with its tokenizer, and a csv task it can learn."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+    )
+    model = tmp_path / "model"
+    family_model("bert", num_labels=2).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    generator = torch.Generator().manual_seed(0)
+    for name, rows in (("train", 64), ("dev", 32)):
+        lines = ["text,label"]
+        for i in range(rows):
+            noun = WORDS[4 + int(torch.randint(0, 3, (), generator=generator))]
+            lines.append(f"{'very ' * (i % 3)}{('good', 'bad', 'fine', 'poor')[i % 4]} {noun},{('yes', 'no')[i % 2]}")
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def _run(folder, out="out", **options):
+    task = load_task(None, train_file=folder / "train.csv", validation_file=folder / "dev.csv")
+    settings = {
+        "stage1": pipeline.TrainingSettings(steps=12, batch_size=8, learning_rate=5e-3, max_length=8),
+        "stage3": pipeline.TrainingSettings(steps=4, batch_size=8, learning_rate=1e-3, max_length=8),
+        "configs": {"kmeans-2bit": kmq.KMQConfig(bits=2), "linear-3bit": kmq.KMQConfig(bits=3, scheme="linear")},
+    }
+    return pipeline.Run(str(folder / "model"), task, folder / out, **{**settings, **options})
+
+
+def test_stages_resume_and_repeat(folder):
+    results = _run(folder)()
+    assert results == json.loads((folder / "out/results.json").read_text())
+    assert results["stage1"]["metrics"]["accuracy"] > 0.9
+    assert results["quantized"]["kmeans-2bit"]["stage3"]["metrics"]["accuracy"] > 0.6
+    card = (folder / "out/kmeans-2bit/stage3/README.md").read_text()
+    assert "import kmq_kernels" in card
+
+    second = kmq.load(folder / "out/kmeans-2bit/stage2")
+    third = kmq.load(folder / "out/kmeans-2bit/stage3")
+    stages = {n: m for n, m in second.named_modules() if isinstance(m, CodebookModule)}
+    for name, module in ((n, m) for n, m in third.named_modules() if isinstance(m, CodebookModule)):
+        assert torch.equal(module.packed, stages[name].packed)
+        assert not torch.equal(module.codebook, stages[name].codebook) or "token_type" in name or "position" in name
+    first = kmq.load(folder / "out/stage1")
+    assert torch.equal(second.classifier.weight, first.classifier.weight)
+
+    # An interrupted run: a stage is missing, the rest stays as it is.
+    weights = (folder / "out/kmeans-2bit/stage3/model.safetensors").read_bytes()
+    pipeline.shutil.rmtree(folder / "out/kmeans-2bit/stage3")
+    announced = []
+    again = _run(folder, announce=announced.append)()
+    assert sum("finished earlier" in line for line in announced) == len(announced) - 1
+    assert (folder / "out/kmeans-2bit/stage3/model.safetensors").read_bytes() == weights
+    assert again["quantized"]["kmeans-2bit"]["stage3"]["metrics"] == results["quantized"]["kmeans-2bit"]["stage3"]["metrics"]
+
+    _run(folder, "other")()
+    for name in ("stage1", "control", "kmeans-2bit/stage3", "linear-3bit/stage3"):
+        same = [(folder / out / name / "model.safetensors").read_bytes() for out in ("out", "other")]
+        assert same[0] == same[1], name
+
+
+def test_interrupt_leaves_nothing_half_written(folder, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _run(folder)()
+    assert sorted(p.name for p in (folder / "out").iterdir()) == ["run.json"]
+
+
+def test_full_disk_leaves_nothing_half_written(folder, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        _run(folder)()
+    assert sorted(p.name for p in (folder / "out").iterdir()) == ["run.json"]
+
+
+def test_other_request_and_foreign_folder_are_refused(folder):
+    _run(folder)._open_folder()
+    with pytest.raises(pipeline.PipelineError, match="another run"):
+        _run(folder, control=False)()
+    (folder / "mine").mkdir()
+    (folder / "mine/thesis.txt").write_text("x")
+    with pytest.raises(pipeline.PipelineError, match="it exists"):
+        _run(folder, "mine")()
+
+
+def test_codebooks_have_their_own_group():
+    model = family_model("bert")
+    kmq.quantize_(model, kmq.KMQConfig(bits=2))
+    settings = pipeline.TrainingSettings(learning_rate=1e-4, codebook_lr_mult=5.0)
+    groups = pipeline.parameter_groups(model, settings)
+    books = {id(m.codebook) for m in model.modules() if isinstance(m, CodebookModule)}
+    assert {id(p) for p in groups[-1]["params"]} == books
+    assert groups[-1]["weight_decay"] == 0.0
+    assert groups[-1]["lr"] == pytest.approx(5e-4)
+    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
+
+
+def _kmq(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["kmq", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_command_line(folder, monkeypatch, capsys):
+    files = ["--train-file", folder / "train.csv", "--validation-file", folder / "dev.csv", "--max-length", 8]
+    few = ["--steps", 2, "--batch-size", 8]
+    assert _kmq(monkeypatch, "finetune", folder / "model", "-o", folder / "tuned", *few, *files) == 0
+    assert _kmq(monkeypatch, "run", folder / "tuned", "-o", folder / "run", *few, "--second-steps", 2, "--bits", 3, *files) == 0
+    assert "kmeans-3bit" in capsys.readouterr().out
+    third = folder / "run/kmeans-3bit/stage3"
+    assert _kmq(monkeypatch, "evaluate", third, "--json", *files) == 0
+    assert 0 <= json.loads(capsys.readouterr().out.strip().splitlines()[-1])["accuracy"] <= 1
+    assert _kmq(monkeypatch, "inspect", third, "--json") == 0
+    layers = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["model"]["layers"]
+    assert {layer["bits"] for layer in layers} == {3}
+    assert _kmq(monkeypatch, "inspect", third) == 0
+    # A quantized model goes on training with its indices fixed.
+    assert _kmq(monkeypatch, "finetune", third, "-o", folder / "more", *few, *files) == 0
+    assert torch.equal(kmq.load(folder / "more").bert.pooler.dense.packed, kmq.load(third).bert.pooler.dense.packed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["run", "{}/nowhere"], 1, "no such model folder"),
+        (["run", "{}/model", "--task", "poetry"], 1, "poetry"),
+        (["run", "{}/model", "--bits", "9"], 1, "bits: expected an integer from 1 to 8, got 9"),
+        (["run", "{}/model", "--steps", "0"], 1, "steps: expected at least 1"),
+        (["finetune", "{}/model", "-o", "{}"], 1, "it exists"),
+        (["evaluate", "{}/nowhere"], 1, "no such model folder"),
+        (["run", "--colour", "red"], 2, "No such option"),
+        (["inspect", "{}/nowhere"], 1, "no such model folder"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(folder, monkeypatch, capsys, arguments, code, sentence):
+    monkeypatch.chdir(folder)
+    assert _kmq(monkeypatch, *[a.format(folder) for a in arguments]) == code
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+
+
+def test_embedded_model_is_found_without_importing(monkeypatch):
+    monkeypatch.setattr(pipeline, "_EMBEDDED_PACKAGE", "no_such_package_here")
+    with pytest.raises(pipeline.PipelineError, match=r"kmq_kernels\[demo\]"):
+        pipeline.resolve_model("minilm")
