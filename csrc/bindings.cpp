@@ -58,6 +58,38 @@ Tensor codebook_grad(const Tensor& grad_in, const Tensor& packed_in, int64_t num
   return out;
 }
 
+Tensor codebook_linear_grad(const Tensor& grad_output_in, const Tensor& input_in, const Tensor& packed_in, int64_t num_codebooks,
+                            int64_t num_centroids, int64_t group_rows) {
+  const at::ScalarType type = at::promote_types(grad_output_in.scalar_type(), input_in.scalar_type());
+  const Tensor grad_output = grad_output_in.to(type).contiguous(), input = input_in.to(type).contiguous();
+  const Tensor packed = packed_in.contiguous();
+  TORCH_CHECK(grad_output.dim() >= 1 && input.dim() >= 1 && grad_output.size(-1) == packed.size(0), "grad_output: does not fit");
+  const kmq::Packed matrix = packed_of(packed, input.size(-1), num_centroids);
+  check_groups(matrix.rows, num_codebooks, group_rows);
+  const int64_t M = c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
+  TORCH_CHECK(M * matrix.rows == grad_output.numel(), "grad_output: does not fit input");
+  Tensor out = at::empty({num_codebooks, num_centroids}, input.options().dtype(wide(type)));
+  kmq::cpu::codebook_linear_grad(grad_output.const_data_ptr(), input.const_data_ptr(), dtype_of(input), M, matrix, num_codebooks,
+                                 group_rows, out.mutable_data_ptr(), parallel);
+  return out;
+}
+
+Tensor codebook_embedding_grad(const Tensor& grad_output_in, const Tensor& ids_in, const Tensor& packed_in, int64_t num_codebooks,
+                               int64_t num_centroids, int64_t group_rows, int64_t padding_idx) {
+  const Tensor grad_output = grad_output_in.contiguous(), ids = ids_in.to(at::kLong).contiguous(), packed = packed_in.contiguous();
+  TORCH_CHECK(grad_output.dim() >= 1, "grad_output: does not fit");
+  const kmq::Packed matrix = packed_of(packed, grad_output.size(-1), num_centroids);
+  check_groups(matrix.rows, num_codebooks, group_rows);
+  TORCH_CHECK(ids.numel() * matrix.cols == grad_output.numel(), "grad_output: does not fit ids");
+  const int64_t* row = ids.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < ids.numel(); ++i)
+    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < matrix.rows, "ids: expected values in [0, ", matrix.rows, "), got ", row[i]);
+  Tensor out = at::empty({num_codebooks, num_centroids}, grad_output.options().dtype(wide(grad_output.scalar_type())));
+  kmq::cpu::codebook_embedding_grad(grad_output.const_data_ptr(), dtype_of(grad_output), row, ids.numel(), matrix, num_codebooks,
+                                    group_rows, padding_idx, out.mutable_data_ptr(), parallel);
+  return out;
+}
+
 pybind11::dict build_facts() {
   pybind11::dict facts;
   facts["cpu_path"] = kmq::cpu::path();
@@ -76,6 +108,8 @@ pybind11::dict build_facts() {
 TORCH_LIBRARY_IMPL(kmq, CPU, m) {
   m.impl("dequantize", &dequantize);
   m.impl("codebook_grad", &codebook_grad);
+  m.impl("codebook_linear_grad", &codebook_linear_grad);
+  m.impl("codebook_embedding_grad", &codebook_embedding_grad);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -28,12 +28,25 @@ namespace cpu {
 // The instruction set that the kernels use on this machine: "avx2" or "scalar".
 const char* path();
 
+// Whether that is "avx2" (with FMA and F16C). KMQ_CPU_PATH=scalar in the environment says no; it is read once.
+bool avx2();
+
 // weight [rows, cols] = codebook [G, K] at the indices; both of dtype.
 void dequantize(const Packed& packed, const void* codebook, Dtype dtype, int64_t group_rows, void* weight, const Parallel& parallel);
 
 // out [G, K] (fp64 for an fp64 gradient, else fp32) = sums of grad [rows, cols] over the members of each centroid.
 void codebook_grad(const void* grad, Dtype dtype, const Packed& packed, int64_t num_codebooks, int64_t group_rows, void* out,
                    const Parallel& parallel);
+
+// out [G, K] = the same sums for the weight gradient grad_output [M, OUT] ^T @ input [M, IN], which is never stored.
+void codebook_linear_grad(const void* grad_output, const void* input, Dtype dtype, int64_t M, const Packed& packed,
+                          int64_t num_codebooks, int64_t group_rows, void* out, const Parallel& parallel);
+
+// out [G, K] = the same sums for the scatter of grad_output [count, cols] to the rows `ids`, without those of padding_idx.
+// The ids lie in [0, rows).
+void codebook_embedding_grad(const void* grad_output, Dtype dtype, const int64_t* ids, int64_t count, const Packed& packed,
+                             int64_t num_codebooks, int64_t group_rows, int64_t padding_idx, void* out,
+                             const Parallel& parallel);
 
 }  // namespace cpu
 }  // namespace kmq

@@ -1,63 +1,44 @@
 #include <vector>
 
-#include "decode.h"
-#include "half.h"
+#include "cluster_sums.h"
 
 namespace kmq::cpu {
 namespace {
 
-constexpr int64_t kChunkRows = 64;  // rows of one partial sum: fixed, so that the order of additions is
+constexpr int64_t kTask = 32768;  // values of one partial sum
 
-// sums [touched codebooks, K] += grad over rows [begin, end), which lie in codebooks from `first` on.
 template <typename T>
-void add_rows(const T* grad, const Packed& packed, int64_t group_rows, int64_t begin, int64_t end, int64_t first, double* sums) {
-  uint8_t index[kBlock];
-  for (int64_t row = begin; row < end; ++row) {
-    const uint8_t* block = packed.data + row * packed.row_bytes();
-    double* book = sums + ((row / group_rows - first) << packed.bits);
-    for (int64_t col = 0; col < packed.cols; col += kBlock, block += kLanes * packed.bits) {
-      decode_block(block, packed.bits, index);
-      const T* values = grad + row * packed.cols + col;
-      const int64_t count = packed.cols - col < kBlock ? packed.cols - col : kBlock;
-      for (int64_t i = 0; i < count; ++i) {
-        if constexpr (sizeof(T) == 2) book[index[i]] += static_cast<float>(values[i]);
-        else book[index[i]] += values[i];
-      }
+void run(const T* grad, const Packed& packed, int64_t num_codebooks, int64_t group_rows, void* out, const Parallel& parallel) {
+  const Pieces pieces(packed.rows, group_rows, 1 + kTask / (packed.cols + 1));
+  const int64_t K = int64_t(1) << packed.bits;
+  std::vector<double> partial(pieces.count * K, 0.0);
+  const int64_t grain = 1 + kTask / (std::min(pieces.piece, pieces.group_rows) * packed.cols + 1);
+  parallel(pieces.count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      ClusterSums sums(packed.bits, partial.data() + task * K);
+      for (int64_t row = pieces.begin(task); row < pieces.end(task); ++row)
+        sums.add(grad + row * packed.cols, packed.data + row * packed.row_bytes(), packed.cols);
+      sums.finish();
     }
-  }
+  });
+  for (int64_t group = 0; group < num_codebooks; ++group)
+    for (int64_t k = 0; k < K; ++k) {
+      double sum = 0.0;
+      for (int64_t piece = 0; piece < pieces.per_group; ++piece) sum += partial[(group * pieces.per_group + piece) * K + k];
+      if constexpr (sizeof(T) == 8) static_cast<double*>(out)[group * K + k] = sum;
+      else static_cast<float*>(out)[group * K + k] = static_cast<float>(sum);
+    }
 }
 
 }  // namespace
 
 void codebook_grad(const void* grad, Dtype dtype, const Packed& packed, int64_t num_codebooks, int64_t group_rows, void* out,
                    const Parallel& parallel) {
-  const int64_t chunks = (packed.rows + kChunkRows - 1) / kChunkRows;
-  const int64_t K = int64_t(1) << packed.bits;
-  std::vector<std::vector<double>> partial(chunks);
-  parallel(chunks, 1, [&](int64_t begin_chunk, int64_t end_chunk) {
-    for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
-      const int64_t begin = chunk * kChunkRows, end = begin + kChunkRows < packed.rows ? begin + kChunkRows : packed.rows;
-      const int64_t first = begin / group_rows, books = (end - 1) / group_rows - first + 1;
-      partial[chunk].assign(books * K, 0.0);
-      const auto run = [&](auto type) {
-        add_rows(static_cast<const decltype(type)*>(grad), packed, group_rows, begin, end, first, partial[chunk].data());
-      };
-      switch (dtype) {
-        case Dtype::f32: run(float{}); break;
-        case Dtype::f64: run(double{}); break;
-        case Dtype::bf16: run(bf16{}); break;
-        case Dtype::f16: run(f16{}); break;
-      }
-    }
-  });
-  std::vector<double> total(num_codebooks * K, 0.0);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    double* sums = total.data() + chunk * kChunkRows / group_rows * K;
-    for (size_t i = 0; i < partial[chunk].size(); ++i) sums[i] += partial[chunk][i];
-  }
-  for (int64_t i = 0; i < num_codebooks * K; ++i) {
-    if (dtype == Dtype::f64) static_cast<double*>(out)[i] = total[i];
-    else static_cast<float*>(out)[i] = static_cast<float>(total[i]);
+  switch (dtype) {
+    case Dtype::f32: run(static_cast<const float*>(grad), packed, num_codebooks, group_rows, out, parallel); break;
+    case Dtype::f64: run(static_cast<const double*>(grad), packed, num_codebooks, group_rows, out, parallel); break;
+    case Dtype::bf16: run(static_cast<const bf16*>(grad), packed, num_codebooks, group_rows, out, parallel); break;
+    case Dtype::f16: run(static_cast<const f16*>(grad), packed, num_codebooks, group_rows, out, parallel); break;
   }
 }
 
