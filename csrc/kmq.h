@@ -28,6 +28,9 @@ namespace cpu {
 // The instruction set that the kernels use on this machine: "avx2" or "scalar".
 const char* path();
 
+// Whether that is "avx2" (with FMA and F16C). KMQ_CPU_PATH=scalar in the environment says no; it is read once.
+bool avx2();
+
 // weight [rows, cols] = codebook [G, K] at the indices; both of dtype.
 void dequantize(const Packed& packed, const void* codebook, Dtype dtype, int64_t group_rows, void* weight, const Parallel& parallel);
 

@@ -23,4 +23,24 @@ struct f16 {
   }
 };
 
+inline void narrow(float x, float& out) { out = x; }
+
+inline void narrow(float x, bf16& out) {
+  const uint32_t u = bits_of(x);
+  out.raw = x != x ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+inline void narrow(float x, f16& out) {
+  const uint32_t u = bits_of(x), magnitude = u & 0x7fffffff;
+  const uint16_t sign = uint16_t((u >> 16) & 0x8000);
+  if (magnitude > 0x7f800000) out.raw = uint16_t(sign | 0x7e00);  // NaN
+  else if (magnitude >= 0x477ff000) out.raw = uint16_t(sign | 0x7c00);  // rounds to 65536 or more: Inf
+  else if (magnitude < 0x38800000) {
+    // Below 2^-14 the result is subnormal, in units of 2^-24: adding 0.5 rounds to that unit in the last places of the sum.
+    out.raw = uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));
+  } else {
+    out.raw = uint16_t(sign | ((magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+  }
+}
+
 }  // namespace kmq::cpu
