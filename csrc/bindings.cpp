@@ -3,6 +3,8 @@
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
+#include <algorithm>
+
 #include "kmq.h"
 
 namespace {
@@ -46,6 +48,91 @@ Tensor dequantize(const Tensor& packed_in, const Tensor& codebook_in, int64_t co
   Tensor weight = at::empty({matrix.rows, cols}, codebook.options());
   kmq::cpu::dequantize(matrix, codebook.const_data_ptr(), dtype_of(codebook), group_rows, weight.mutable_data_ptr(), parallel);
   return weight;
+}
+
+Tensor pack(const Tensor& assignments_in, int64_t bits) {
+  const Tensor assignments = assignments_in.contiguous();
+  TORCH_CHECK(bits >= 1 && bits <= 8 && assignments.dim() >= 1 && assignments.scalar_type() == at::kByte, "assignments: does not fit");
+  const int64_t cols = assignments.size(-1);
+  auto sizes = assignments.sizes().vec();
+  sizes.back() = kmq::Packed{nullptr, 0, cols, int(bits)}.row_bytes();
+  Tensor packed = at::empty(sizes, assignments.options());
+  const int64_t rows = cols ? assignments.numel() / cols : 0;
+  kmq::cpu::pack(assignments.const_data_ptr<uint8_t>(), rows, cols, int(bits), packed.mutable_data_ptr<uint8_t>(), parallel);
+  return packed;
+}
+
+Tensor unpack(const Tensor& packed_in, int64_t bits, int64_t numel) {
+  const Tensor packed = packed_in.contiguous();
+  TORCH_CHECK(bits >= 1 && bits <= 8 && numel >= 0 && packed.dim() >= 1, "packed: does not fit");
+  auto sizes = packed.sizes().vec();
+  sizes.back() = numel;
+  Tensor assignments = at::empty(sizes, packed.options());
+  if (assignments.numel() == 0) return assignments;
+  const kmq::Packed matrix = packed_of(packed.view({-1, packed.size(-1)}), numel, int64_t(1) << bits);
+  kmq::cpu::unpack(matrix, assignments.mutable_data_ptr<uint8_t>(), parallel);
+  return assignments;
+}
+
+Tensor codebook_linear(const Tensor& input_in, const Tensor& packed_in, const Tensor& codebook_in, const std::optional<Tensor>& bias_in,
+                       int64_t group_rows) {
+  const auto type = input_in.scalar_type();
+  if (type == at::kDouble) {
+    const auto bias = bias_in ? std::optional<Tensor>(bias_in->to(type)) : std::nullopt;
+    return at::linear(input_in, dequantize(packed_in, codebook_in, input_in.size(-1), group_rows).to(type), bias);
+  }
+  const Tensor input = input_in.contiguous(), packed = packed_in.contiguous();
+  const Tensor codebook = codebook_in.to(at::kFloat).contiguous();
+  const kmq::Packed matrix = packed_of(packed, input.size(-1), codebook.size(1));
+  check_groups(matrix.rows, codebook.size(0), group_rows);
+  Tensor bias;
+  if (bias_in) {
+    bias = bias_in->to(at::kFloat).contiguous();
+    TORCH_CHECK(bias.numel() == matrix.rows, "bias: does not fit");
+  }
+  auto sizes = input.sizes().vec();
+  sizes.back() = matrix.rows;
+  Tensor output = at::empty(sizes, input.options());
+  if (output.numel() == 0) return output;
+  kmq::cpu::codebook_linear(input.const_data_ptr(), dtype_of(input), output.numel() / matrix.rows, matrix,
+                            codebook.const_data_ptr<float>(), group_rows, bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+                            output.mutable_data_ptr(), parallel);
+  return output;
+}
+
+Tensor codebook_linear_input_grad(const Tensor& grad_in, const Tensor& packed_in, const Tensor& codebook_in, int64_t cols,
+                                  int64_t group_rows) {
+  const auto type = grad_in.scalar_type();
+  if (type == at::kDouble) return at::matmul(grad_in, dequantize(packed_in, codebook_in, cols, group_rows).to(type));
+  const Tensor grad = grad_in.contiguous(), packed = packed_in.contiguous();
+  const Tensor codebook = codebook_in.to(at::kFloat).contiguous();
+  const kmq::Packed matrix = packed_of(packed, cols, codebook.size(1));
+  check_groups(matrix.rows, codebook.size(0), group_rows);
+  TORCH_CHECK(grad.size(-1) == matrix.rows, "grad_output: does not fit");
+  auto sizes = grad.sizes().vec();
+  sizes.back() = cols;
+  Tensor out = at::empty(sizes, grad.options());
+  if (out.numel() == 0) return out;
+  kmq::cpu::codebook_linear_input_grad(grad.const_data_ptr(), dtype_of(grad), out.numel() / cols, matrix,
+                                       codebook.const_data_ptr<float>(), group_rows, out.mutable_data_ptr(), parallel);
+  return out;
+}
+
+Tensor codebook_embedding(const Tensor& ids_in, const Tensor& packed_in, const Tensor& codebook_in, int64_t cols, int64_t group_rows,
+                          int64_t padding_idx) {
+  const Tensor ids = ids_in.to(at::kLong).contiguous(), packed = packed_in.contiguous(), codebook = codebook_in.contiguous();
+  const kmq::Packed matrix = packed_of(packed, cols, codebook.size(1));
+  check_groups(matrix.rows, codebook.size(0), group_rows);
+  auto sizes = ids.sizes().vec();
+  sizes.push_back(cols);
+  Tensor out = at::empty(sizes, codebook.options());
+  if (ids.numel() == 0) return out;
+  const int64_t* first = ids.const_data_ptr<int64_t>();
+  const auto [least, most] = std::minmax_element(first, first + ids.numel());
+  TORCH_CHECK_INDEX(*least >= 0 && *most < matrix.rows, "ids: expected values in [0, ", matrix.rows, "), got ", *least, " to ", *most);
+  kmq::cpu::codebook_embedding(first, ids.numel(), matrix, codebook.const_data_ptr(), dtype_of(codebook), group_rows,
+                               out.mutable_data_ptr(), parallel);
+  return out;
 }
 
 Tensor codebook_grad(const Tensor& grad_in, const Tensor& packed_in, int64_t num_codebooks, int64_t num_centroids, int64_t group_rows) {
@@ -106,7 +193,12 @@ pybind11::dict build_facts() {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(kmq, CPU, m) {
+  m.impl("pack", &pack);
+  m.impl("unpack", &unpack);
   m.impl("dequantize", &dequantize);
+  m.impl("codebook_linear", &codebook_linear);
+  m.impl("codebook_linear_input_grad", &codebook_linear_input_grad);
+  m.impl("codebook_embedding", &codebook_embedding);
   m.impl("codebook_grad", &codebook_grad);
   m.impl("codebook_linear_grad", &codebook_linear_grad);
   m.impl("codebook_embedding_grad", &codebook_embedding_grad);

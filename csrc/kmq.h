@@ -34,6 +34,22 @@ bool avx2();
 // weight [rows, cols] = codebook [G, K] at the indices; both of dtype.
 void dequantize(const Packed& packed, const void* codebook, Dtype dtype, int64_t group_rows, void* weight, const Parallel& parallel);
 
+// Rows of `cols` indices to packed rows and back.
+void pack(const uint8_t* assignments, int64_t rows, int64_t cols, int bits, uint8_t* packed, const Parallel& parallel);
+void unpack(const Packed& packed, uint8_t* assignments, const Parallel& parallel);
+
+// out [count, cols] = the rows `ids` of the weight, each id in [0, rows); codebook [G, K] and out of dtype.
+void codebook_embedding(const int64_t* ids, int64_t count, const Packed& packed, const void* codebook, Dtype dtype,
+                        int64_t group_rows, void* out, const Parallel& parallel);
+
+// output [M, rows] = input [M, cols] @ weight.T + bias; input and output of dtype (not fp64), computed in fp32; bias [rows] or null.
+void codebook_linear(const void* input, Dtype dtype, int64_t M, const Packed& packed, const float* codebook, int64_t group_rows,
+                     const float* bias, void* output, const Parallel& parallel);
+
+// grad_input [M, cols] = grad_output [M, rows] @ weight; both of dtype (not fp64), computed in fp32.
+void codebook_linear_input_grad(const void* grad_output, Dtype dtype, int64_t M, const Packed& packed, const float* codebook,
+                                int64_t group_rows, void* grad_input, const Parallel& parallel);
+
 // out [G, K] (fp64 for an fp64 gradient, else fp32) = sums of grad [rows, cols] over the members of each centroid.
 void codebook_grad(const void* grad, Dtype dtype, const Packed& packed, int64_t num_codebooks, int64_t group_rows, void* out,
                    const Parallel& parallel);

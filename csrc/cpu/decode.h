@@ -1,8 +1,14 @@
 // Reading packed indices, shared by the CPU kernels: the layout of kmq_kernels/packing.py.
+//
+// decode_block gives the indices of one block; decode_rows gives weights. The vector form of the latter, Decoder<bits>, hands
+// registers of 8 neighbouring columns to a consumer, so that a kernel may use them without storing them.
 #pragma once
+#include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "../kmq.h"
+#include "simd.h"
 
 namespace kmq::cpu {
 
@@ -18,15 +24,292 @@ inline void decode_block(const uint8_t* block, int bits, uint8_t* index) {
   int shift = 0;
   for (const int* width = planes(bits); *width; ++width) {
     const int per_byte = 8 / *width, mask = (1 << *width) - 1;
-    for (int lane = 0; lane < kLanes; ++lane)
-      for (int byte = 0; byte < *width; ++byte)
-        for (int field = 0; field < per_byte; ++field) {
+    for (int byte = 0; byte < *width; ++byte)
+      for (int field = 0; field < per_byte; ++field)
+        for (int lane = 0; lane < kLanes; ++lane) {
           const int column = (byte * per_byte + field) * kLanes + lane;
           index[column] |= ((block[lane * *width + byte] >> (field * *width)) & mask) << shift;
         }
     block += kLanes * *width;
     shift += *width;
   }
+}
+
+// Calls f(std::integral_constant<int, bits>).
+template <typename F>
+void with_bits(int bits, const F& f) {
+  switch (bits) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    case 6: return f(std::integral_constant<int, 6>{});
+    case 7: return f(std::integral_constant<int, 7>{});
+    default: return f(std::integral_constant<int, 8>{});
+  }
+}
+
+// Which rows and columns of a weight to decode: rows begin .. begin + rows, or ids[begin ..] where ids are given; `cols` columns
+// from first_col (a multiple of kBlock) on. Row i goes to out + i * ld.
+struct Region {
+  const int64_t* ids;
+  int64_t begin, rows, first_col, cols, ld;
+};
+
+template <typename T>
+void decode_rows_scalar(const Packed& packed, const T* codebook, int64_t group_rows, const Region& region, T* out) {
+  uint8_t index[kBlock];
+  const int64_t block_bytes = kLanes * packed.bits;
+  for (int64_t i = 0; i < region.rows; ++i) {
+    const int64_t row = region.ids ? region.ids[region.begin + i] : region.begin + i;
+    const uint8_t* block = packed.data + row * packed.row_bytes() + region.first_col / kBlock * block_bytes;
+    const T* book = codebook + ((row / group_rows) << packed.bits);
+    T* to = out + i * region.ld;
+    for (int64_t col = 0; col < region.cols; col += kBlock, block += block_bytes) {
+      decode_block(block, packed.bits, index);
+      const int64_t count = std::min(region.cols - col, kBlock);
+      for (int64_t j = 0; j < count; ++j) to[col + j] = book[index[j]];
+    }
+  }
+}
+
+#ifdef KMQ_X86
+
+// The indices of a block as four registers, [half][nibble]: byte 4 * b + c of 128-bit lane l holds the index of column
+// 32 * b + 16 * nibble + 8 * half + 4 * l + c. One in-lane transpose of 4 x 4 bytes brings the 4-bit plane to this order, and
+// four bytes of a float looked up in this order interleave to 8 neighbouring columns a register.
+template <int bits>
+KMQ_AVX2_INLINE void index_vectors(const uint8_t* block, __m256i index[2][2]) {
+  const __m256i transpose = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const uint8_t* plane = block;
+    if (bits >= 4) {
+      const __m256i low = _mm256_set1_epi8(15);
+      const __m256i bytes = _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane + 32 * half)), transpose);
+      index[half][0] = _mm256_and_si256(bytes, low);
+      index[half][1] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
+      plane += 64;
+    }
+    if (bits == 8) {
+      const __m256i high = _mm256_set1_epi8(-16);
+      const __m256i bytes = _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane + 32 * half)), transpose);
+      index[half][0] = _mm256_or_si256(index[half][0], _mm256_and_si256(_mm256_slli_epi16(bytes, 4), high));
+      index[half][1] = _mm256_or_si256(index[half][1], _mm256_and_si256(bytes, high));
+    }
+    if (bits == 2 || bits == 3 || bits == 6 || bits == 7) {
+      constexpr int at = bits >= 4 ? 4 : 0;
+      // Byte b / 2 of the two bytes of each lane, then its field 2 * (b % 2) + nibble.
+      const __m256i pick = _mm256_setr_epi8(0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7, 8, 10, 12, 14, 8, 10, 12, 14, 9, 11, 13,
+                                            15, 9, 11, 13, 15);
+      const __m256i bytes = _mm256_shuffle_epi8(
+          _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane + 16 * half))), pick);
+      const __m256i field = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+      const __m256i mask = _mm256_set1_epi8(3 << at);
+      const __m256i even = _mm256_and_si256(_mm256_slli_epi32(field, at), mask);
+      const __m256i odd = _mm256_and_si256(at ? _mm256_slli_epi32(field, at - 2) : _mm256_srli_epi32(field, 2), mask);
+      index[half][0] = at ? _mm256_or_si256(index[half][0], even) : even;
+      index[half][1] = at ? _mm256_or_si256(index[half][1], odd) : odd;
+      plane += 32;
+    }
+    if (bits == 1 || bits == 3 || bits == 5 || bits == 7) {
+      constexpr int at = bits - 1;
+      const __m256i pick = half ? _mm256_setr_epi8(8, 9, 10, 11, 8, 9, 10, 11, 8, 9, 10, 11, 8, 9, 10, 11, 12, 13, 14, 15, 12, 13, 14,
+                                                   15, 12, 13, 14, 15, 12, 13, 14, 15)
+                                : _mm256_setr_epi8(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7,
+                                                   4, 5, 6, 7);
+      const __m256i bytes =
+          _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane))), pick);
+      const __m256i field = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+      const __m256i mask = _mm256_set1_epi8(1 << at);
+      const __m256i even = _mm256_and_si256(_mm256_slli_epi32(field, at), mask);
+      const __m256i odd = _mm256_and_si256(at ? _mm256_slli_epi32(field, at - 1) : _mm256_srli_epi32(field, 1), mask);
+      index[half][0] = at ? _mm256_or_si256(index[half][0], even) : even;
+      index[half][1] = at ? _mm256_or_si256(index[half][1], odd) : odd;
+    }
+  }
+}
+
+// The indices of a block in column order.
+template <int bits>
+KMQ_AVX2_INLINE void indices_avx2(const uint8_t* block, uint8_t* index) {
+  __m256i vectors[2][2];
+  index_vectors<bits>(block, vectors);
+#pragma GCC unroll 2
+  for (int nibble = 0; nibble < 2; ++nibble) {
+    const __m256i low = _mm256_unpacklo_epi32(vectors[0][nibble], vectors[1][nibble]);
+    const __m256i high = _mm256_unpackhi_epi32(vectors[0][nibble], vectors[1][nibble]);
+#pragma GCC unroll 4
+    for (int b = 0; b < 4; ++b) {
+      // Quadwords of a lane: (half 0, half 1) of b and b + 1; across the lanes: columns 4 further.
+      const __m256i from = b < 2 ? low : high;
+      const __m128i lanes = _mm_unpacklo_epi32(
+          b % 2 ? _mm_unpackhi_epi64(_mm256_castsi256_si128(from), _mm256_castsi256_si128(from)) : _mm256_castsi256_si128(from),
+          b % 2 ? _mm_unpackhi_epi64(_mm256_extracti128_si256(from, 1), _mm256_extracti128_si256(from, 1))
+                : _mm256_extracti128_si256(from, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(index + 32 * b + 16 * nibble), lanes);
+    }
+  }
+}
+
+// Decodes blocks of `bits` bits with one codebook of 32-bit entries; every value is exact, bit for bit.
+//   bits 1, 2   a register is the table, vpermilps looks up by a shifted dword
+//   bits 3..6   the four bytes of the entries are tables of 16 of vpshufb; above 16 entries an index outside of a sub-table is
+//               brought to a byte with its top bit set, for which vpshufb gives 0, and the sub-tables are or-ed
+//   bits 7, 8   scalar loads, which measured faster than vpgatherdd and than 8 or 16 sub-tables
+template <int bits>
+struct Decoder {
+  static constexpr int kTables = bits <= 4 ? 1 : 1 << (bits - 4);
+  __m256i table[bits <= 6 ? kTables : 1][4];
+  const float* book;
+
+  KMQ_AVX2_INLINE void load(const float* codebook) {
+    book = codebook;
+    if (bits == 1) {
+      int64_t both;
+      std::memcpy(&both, codebook, 8);
+      table[0][0] = _mm256_set1_epi64x(both);
+    } else if (bits == 2) {
+      table[0][0] = _mm256_castps_si256(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(codebook)));
+    } else if (bits <= 6) {
+      const __m128i bytes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      for (int t = 0; t < kTables; ++t) {
+        __m128i r[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const float* entries = codebook + 16 * t + 4 * (bits == 3 ? i % 2 : i);
+          r[i] = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)), bytes);
+        }
+        const __m128i a = _mm_unpacklo_epi32(r[0], r[1]), b = _mm_unpacklo_epi32(r[2], r[3]);
+        const __m128i c = _mm_unpackhi_epi32(r[0], r[1]), d = _mm_unpackhi_epi32(r[2], r[3]);
+        table[t][0] = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(a, b));
+        table[t][1] = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(a, b));
+        table[t][2] = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(c, d));
+        table[t][3] = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(c, d));
+      }
+    }
+  }
+
+  // out(column, chain, weights) for the 16 registers of a block; chain 0..3 tells neighbouring calls apart.
+  template <typename Out>
+  KMQ_AVX2_INLINE void block(const uint8_t* block, Out& out) const {
+    if constexpr (bits <= 2) {
+      const __m256 entries = _mm256_castsi256_ps(table[0][0]);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* lanes = block + 8 * bits * half;
+        __m256i fields = bits == 2 ? _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lanes)))
+                                   : _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(lanes)));
+#pragma GCC unroll 8
+        for (int field = 0; field < 8; ++field)
+          out(16 * field + 8 * half, field % 4, _mm256_permutevar_ps(entries, _mm256_srli_epi32(fields, bits * field)));
+      }
+    } else if constexpr (bits <= 6) {
+      __m256i index[2][2];
+      index_vectors<bits>(block, index);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half)
+#pragma GCC unroll 2
+        for (int nibble = 0; nibble < 2; ++nibble) {
+          __m256i plane[4];
+#pragma GCC unroll 4
+          for (int t = 0; t < kTables; ++t) {
+            __m256i at = index[half][nibble];
+            if (kTables > 1) at = _mm256_add_epi8(_mm256_xor_si256(at, _mm256_set1_epi8(16 * t)), _mm256_set1_epi8(0x70));
+#pragma GCC unroll 4
+            for (int p = 0; p < 4; ++p) {
+              const __m256i found = _mm256_shuffle_epi8(table[t][p], at);
+              plane[p] = t ? _mm256_or_si256(plane[p], found) : found;
+            }
+          }
+          const __m256i a = _mm256_unpacklo_epi8(plane[0], plane[1]), b = _mm256_unpacklo_epi8(plane[2], plane[3]);
+          const __m256i c = _mm256_unpackhi_epi8(plane[0], plane[1]), d = _mm256_unpackhi_epi8(plane[2], plane[3]);
+          const int column = 16 * nibble + 8 * half;
+          out(column, 0, _mm256_castsi256_ps(_mm256_unpacklo_epi16(a, b)));
+          out(column + 32, 1, _mm256_castsi256_ps(_mm256_unpackhi_epi16(a, b)));
+          out(column + 64, 2, _mm256_castsi256_ps(_mm256_unpacklo_epi16(c, d)));
+          out(column + 96, 3, _mm256_castsi256_ps(_mm256_unpackhi_epi16(c, d)));
+        }
+    } else {
+      uint8_t index[kBlock];
+      float weights[kBlock];
+      indices_avx2<bits>(block, index);
+#pragma GCC unroll 1
+      for (int i = 0; i < kBlock; i += 8) {
+        uint64_t word;
+        std::memcpy(&word, index + i, 8);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) weights[i + j] = book[(word >> (8 * j)) & 255];
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 16; ++i) out(8 * i, i % 4, _mm256_loadu_ps(weights + 8 * i));
+    }
+  }
+};
+
+// Stores decoded registers: as they are, or the low half of each dword.
+struct Store32 {
+  float* to;
+  KMQ_AVX2_INLINE void operator()(int column, int, __m256 x) const { _mm256_storeu_ps(to + column, x); }
+};
+
+struct Store16 {
+  uint16_t* to;
+  KMQ_AVX2_INLINE void operator()(int column, int, __m256 x) const {
+    const __m256i u = _mm256_castps_si256(x);
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + column), words);
+  }
+};
+
+template <int bits, typename T>
+KMQ_AVX2 void decode_rows_avx2(const Packed& packed, const T* codebook, int64_t group_rows, const Region& region, T* out) {
+  using Store = std::conditional_t<sizeof(T) == 2, Store16, Store32>;
+  const int64_t row_bytes = packed.row_bytes();
+  const T* book = nullptr;
+  float entries[1 << bits];  // a codebook of 16-bit entries, each in the low half of a dword
+  Decoder<bits> decoder{};
+  for (int64_t i = 0; i < region.rows; ++i) {
+    const int64_t row = region.ids ? region.ids[region.begin + i] : region.begin + i;
+    const T* row_book = codebook + ((row / group_rows) << bits);
+    if (row_book != book) {
+      book = row_book;
+      if constexpr (sizeof(T) == 2) {
+        for (int k = 0; k < 1 << bits; ++k) entries[k] = float_of(book[k]);
+        decoder.load(entries);
+      } else {
+        decoder.load(book);
+      }
+    }
+    const uint8_t* block = packed.data + row * row_bytes + region.first_col / kBlock * (kLanes * bits);
+    T* to = out + i * region.ld;
+    int64_t col = 0;
+    for (; col + kBlock <= region.cols; col += kBlock, block += kLanes * bits) {
+      Store store{to + col};
+      decoder.block(block, store);
+    }
+    if (col < region.cols) {
+      T last[kBlock];
+      Store store{last};
+      decoder.block(block, store);
+      std::memcpy(to + col, last, (region.cols - col) * sizeof(T));
+    }
+  }
+}
+
+#endif  // KMQ_X86
+
+// Weights of a region, exact. T is float, double, or uint16_t for the bits of bf16 and fp16.
+template <typename T>
+void decode_rows(const Packed& packed, const T* codebook, int64_t group_rows, const Region& region, T* out) {
+#ifdef KMQ_X86
+  if constexpr (sizeof(T) <= 4) {
+    if (avx2())
+      return with_bits(packed.bits, [&](auto bits) { decode_rows_avx2<bits()>(packed, codebook, group_rows, region, out); });
+  }
+#endif
+  decode_rows_scalar(packed, codebook, group_rows, region, out);
 }
 
 }  // namespace kmq::cpu
