@@ -433,7 +433,7 @@ def kmeans(
         _check_weight(name, tensor, weight)
         if not 1 <= count <= 256:
             raise ValueError(f"num_centroids: expected 1 to 256, got {count}")
-    if _compiled(tensors, weights):
+    if tensors and _compiled(tensors, weights):
         rows = [tensor.detach()[None] if tensor.dim() == 1 else tensor.detach() for tensor in tensors]
         row_weights = [
             None if weight is None else weight.detach().reshape(row.shape) for row, weight in zip(rows, weights, strict=True)

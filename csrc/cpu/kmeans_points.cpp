@@ -168,55 +168,62 @@ struct Keys {
   uint32_t first;  // key of scale itself
 };
 
-// Bin (or kBins and more for values outside) and low bits of 8 values.
-void keys_scalar(const float* values, const Keys& keys, uint32_t* bin, uint32_t* low, bool& outside) {
-  outside = false;
-  for (int i = 0; i < 8; ++i) {
+constexpr int kGroup = 256;  // values whose keys are computed at a time
+
+// Bins and low bits of kGroup values. False where one of them lies outside (or is not finite).
+bool keys_scalar(const float* values, const Keys& keys, uint32_t* bin, uint32_t* low) {
+  bool inside = true;
+  for (int i = 0; i < kGroup; ++i) {
     const float y = values[i] - keys.origin;
     const uint32_t u = bits_of(std::fabs(y) + keys.scale), key = (u >> kLowBits) - keys.first;
-    outside |= key >= kHalfBins;
+    inside &= key < kHalfBins;
     bin[i] = key + (bits_of(y) >> 31) * kHalfBins;
     low[i] = u & kLowMask;
   }
+  return inside;
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) void keys_avx2(const float* values, const Keys& keys, uint32_t* bin, uint32_t* low, bool& outside) {
-  const __m256 y = _mm256_sub_ps(_mm256_loadu_ps(values), _mm256_set1_ps(keys.origin));
-  const __m256 magnitude = _mm256_and_ps(y, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)));
-  const __m256i u = _mm256_castps_si256(_mm256_add_ps(magnitude, _mm256_set1_ps(keys.scale)));
-  const __m256i key = _mm256_sub_epi32(_mm256_srli_epi32(u, kLowBits), _mm256_set1_epi32(static_cast<int>(keys.first)));
-  const __m256i negative = _mm256_srai_epi32(_mm256_castps_si256(y), 31);
-  outside = _mm256_movemask_epi8(_mm256_cmpgt_epi32(key, _mm256_set1_epi32(kHalfBins - 1))) != 0;
-  const __m256i index = _mm256_add_epi32(key, _mm256_and_si256(negative, _mm256_set1_epi32(kHalfBins)));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bin), index);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), _mm256_and_si256(u, _mm256_set1_epi32(kLowMask)));
+__attribute__((target("avx2"))) bool keys_avx2(const float* values, const Keys& keys, uint32_t* bin, uint32_t* low) {
+  const __m256 origin = _mm256_set1_ps(keys.origin), scale = _mm256_set1_ps(keys.scale);
+  const __m256i first = _mm256_set1_epi32(static_cast<int>(keys.first)), last = _mm256_set1_epi32(kHalfBins - 1);
+  const __m256i half = _mm256_set1_epi32(kHalfBins), low_mask = _mm256_set1_epi32(kLowMask);
+  const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  __m256i outside = _mm256_setzero_si256();
+  for (int i = 0; i < kGroup; i += 8) {
+    const __m256 y = _mm256_sub_ps(_mm256_loadu_ps(values + i), origin);
+    const __m256i u = _mm256_castps_si256(_mm256_add_ps(_mm256_and_ps(y, no_sign), scale));
+    const __m256i key = _mm256_sub_epi32(_mm256_srli_epi32(u, kLowBits), first);
+    outside = _mm256_or_si256(outside, _mm256_cmpgt_epi32(key, last));
+    const __m256i negative = _mm256_srai_epi32(_mm256_castps_si256(y), 31);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bin + i), _mm256_add_epi32(key, _mm256_and_si256(negative, half)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + i), _mm256_and_si256(u, low_mask));
+  }
+  return _mm256_testz_si256(outside, outside);
 }
 #endif
 
 template <typename F, typename Add, typename Outside>
-inline __attribute__((always_inline)) void count_values(const float* values, int64_t begin, int64_t end, const F& keys_of8, const Keys& keys,
-                                                        const Add& add, const Outside& add_outside) {
-  uint32_t bin[8], low[8];
-  bool outside;
-  float padded[8];
-  for (int64_t i = begin; i < end; i += 8) {
-    const int count = static_cast<int>(std::min<int64_t>(8, end - i));
+void count_values(const float* values, int64_t begin, int64_t end, const F& keys_of, const Keys& keys, const Add& add,
+                  const Outside& add_outside) {
+  uint32_t bin[kGroup], low[kGroup];
+  float padded[kGroup];
+  for (int64_t i = begin; i < end; i += kGroup) {
+    const int count = static_cast<int>(std::min<int64_t>(kGroup, end - i));
     const float* group = values + i;
-    if (count < 8) {
-      std::fill(padded, padded + 8, keys.origin);
+    if (count < kGroup) {
+      std::fill(padded, padded + kGroup, keys.origin);
       std::copy(group, group + count, padded);
       group = padded;
     }
-    keys_of8(group, keys, bin, low, outside);
-    if (!outside && count == 8) {
-      for (int lane = 0; lane < 8; ++lane) add(i + lane, bin[lane], low[lane]);
-    } else {
-      for (int lane = 0; lane < count; ++lane) {
-        const uint32_t key = (bits_of(std::fabs(group[lane] - keys.origin) + keys.scale) >> kLowBits) - keys.first;
-        if (key >= kHalfBins) add_outside(i + lane);
-        else add(i + lane, bin[lane], low[lane]);
-      }
+    if (keys_of(group, keys, bin, low)) {
+      for (int lane = 0; lane < count; ++lane) add(i + lane, bin[lane], low[lane]);
+      continue;
+    }
+    for (int lane = 0; lane < count; ++lane) {
+      const uint32_t key = (bits_of(std::fabs(group[lane] - keys.origin) + keys.scale) >> kLowBits) - keys.first;
+      if (key < kHalfBins) add(i + lane, bin[lane], low[lane]);
+      else add_outside(i + lane);
     }
   }
 }
