@@ -177,6 +177,85 @@ Tensor codebook_embedding_grad(const Tensor& grad_output_in, const Tensor& ids_i
   return out;
 }
 
+Tensor assign(const Tensor& values_in, const Tensor& centroids_in) {
+  const bool wide_values = values_in.scalar_type() == at::kDouble || centroids_in.scalar_type() == at::kDouble;
+  const Tensor centroids = centroids_in.to(wide_values ? at::kDouble : at::kFloat).contiguous();
+  const Tensor values = (wide_values ? values_in.to(at::kDouble) : values_in).contiguous();
+  TORCH_CHECK(values.dim() == 2 && centroids.dim() == 2 && centroids.size(0) == values.size(0), "centroids: do not fit");
+  TORCH_CHECK(centroids.size(1) >= 1 && centroids.size(1) <= 256, "num_centroids: got ", centroids.size(1));
+  Tensor assignments = at::empty(values.sizes(), values.options().dtype(at::kByte));
+  kmq::cpu::assign(values.const_data_ptr(), dtype_of(values), centroids.const_data_ptr(), values.size(0), values.size(1),
+                   static_cast<int>(centroids.size(1)), assignments.mutable_data_ptr<uint8_t>(), parallel);
+  return assignments;
+}
+
+std::tuple<Tensor, Tensor> update(const Tensor& values_in, const Tensor& assignments_in, int64_t num_centroids,
+                                  const std::optional<Tensor>& sample_weight_in) {
+  const Tensor values = values_in.contiguous(), assignments = assignments_in.contiguous();
+  TORCH_CHECK(values.dim() == 2 && assignments.scalar_type() == at::kByte && assignments.sizes() == values.sizes() &&
+                  num_centroids >= 1 && num_centroids <= 256,
+              "assignments: do not fit");
+  const Tensor weight = sample_weight_in ? sample_weight_in->contiguous() : Tensor();
+  TORCH_CHECK(!weight.defined() || weight.sizes() == values.sizes(), "sample_weight: does not fit");
+  Tensor sums = at::empty({values.size(0), num_centroids}, values.options().dtype(at::kDouble)), weights = at::empty_like(sums);
+  kmq::cpu::update(values.const_data_ptr(), dtype_of(values), assignments.const_data_ptr<uint8_t>(),
+                   weight.defined() ? weight.const_data_ptr() : nullptr, weight.defined() ? dtype_of(weight) : kmq::Dtype::f32,
+                   values.size(0), values.size(1), static_cast<int>(num_centroids), sums.mutable_data_ptr<double>(),
+                   weights.mutable_data_ptr<double>(), parallel);
+  return {sums, weights};
+}
+
+using Tensors = std::vector<Tensor>;
+
+std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, std::vector<int64_t>> kmeans(
+    at::TensorList values, const c10::List<std::optional<Tensor>>& sample_weight, at::IntArrayRef num_centroids,
+    at::IntArrayRef group_rows, bool packed, std::string_view algorithm, std::string_view init, int64_t max_iter, double tol,
+    int64_t seed) {
+  using kmq::cpu::KmeansAlgorithm, kmq::cpu::KmeansInit;
+  const size_t count = values.size();
+  TORCH_CHECK(sample_weight.size() == count && num_centroids.size() == count && group_rows.size() == count, "values: do not fit");
+  const kmq::cpu::KmeansOptions options{
+      algorithm == "exact" ? KmeansAlgorithm::exact : algorithm == "lloyd" ? KmeansAlgorithm::lloyd : KmeansAlgorithm::optimal,
+      init == "linear"     ? KmeansInit::linear
+      : init == "random"   ? KmeansInit::random
+      : init == "quantile" ? KmeansInit::quantile
+                           : KmeansInit::plus_plus,
+      max_iter, tol, static_cast<uint64_t>(seed)};
+  std::vector<kmq::cpu::KmeansMatrix> matrices;
+  Tensors kept, labels, centroids, inertia, n_iter, bound;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor matrix = values[i].contiguous();
+    const int64_t K = num_centroids[i];
+    TORCH_CHECK(matrix.dim() == 2 && matrix.numel() > 0 && matrix.scalar_type() != at::kDouble, "values: do not fit");
+    TORCH_CHECK(K >= 1 && K <= 256 && group_rows[i] >= 1, "num_centroids: got ", K);
+    const int64_t rows = matrix.size(0), cols = matrix.size(1), groups = (rows + group_rows[i] - 1) / group_rows[i];
+    int bits = 0;
+    if (packed)
+      while ((int64_t(1) << bits) < K) ++bits;
+    TORCH_CHECK(!packed || (bits >= 1 && (int64_t(1) << bits) == K), "num_centroids: got ", K);
+    const std::optional<Tensor> given = sample_weight.get(i);
+    const Tensor weight = given ? given->to(at::kFloat).contiguous() : Tensor();
+    TORCH_CHECK(!weight.defined() || weight.sizes() == matrix.sizes(), "sample_weight: does not fit");
+    const auto options_of = [&](at::ScalarType type) { return matrix.options().dtype(type); };
+    const kmq::Packed layout{nullptr, rows, cols, bits};
+    labels.push_back(at::empty({rows, packed ? layout.row_bytes() : cols}, options_of(at::kByte)));
+    centroids.push_back(at::empty({groups, K}, options_of(at::kFloat)));
+    inertia.push_back(at::empty({groups}, options_of(at::kDouble)));
+    n_iter.push_back(at::empty({groups}, options_of(at::kLong)));
+    bound.push_back(at::empty({groups}, options_of(at::kDouble)));
+    matrices.push_back({matrix.const_data_ptr(), dtype_of(matrix), weight.defined() ? weight.const_data_ptr<float>() : nullptr, rows, cols,
+                        group_rows[i], static_cast<int>(K), bits, labels[i].mutable_data_ptr<uint8_t>(),
+                        centroids[i].mutable_data_ptr<float>(), inertia[i].mutable_data_ptr<double>(), n_iter[i].mutable_data_ptr<int64_t>(),
+                        bound[i].mutable_data_ptr<double>(), kmq::cpu::KmeansFault::none});
+    kept.push_back(matrix);
+    kept.push_back(weight);
+  }
+  kmq::cpu::kmeans(matrices.data(), static_cast<int64_t>(count), options, parallel);
+  std::vector<int64_t> faults;
+  for (const kmq::cpu::KmeansMatrix& matrix : matrices) faults.push_back(static_cast<int64_t>(matrix.fault));
+  return {labels, centroids, inertia, n_iter, bound, faults};
+}
+
 pybind11::dict build_facts() {
   pybind11::dict facts;
   facts["cpu_path"] = kmq::cpu::path();
@@ -199,6 +278,9 @@ TORCH_LIBRARY_IMPL(kmq, CPU, m) {
   m.impl("codebook_linear", &codebook_linear);
   m.impl("codebook_linear_input_grad", &codebook_linear_input_grad);
   m.impl("codebook_embedding", &codebook_embedding);
+  m.impl("assign", &assign);
+  m.impl("update", &update);
+  m.impl("kmeans", &kmeans);
   m.impl("codebook_grad", &codebook_grad);
   m.impl("codebook_linear_grad", &codebook_linear_grad);
   m.impl("codebook_embedding_grad", &codebook_embedding_grad);

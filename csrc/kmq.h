@@ -64,5 +64,44 @@ void codebook_embedding_grad(const void* grad_output, Dtype dtype, const int64_t
                              int64_t num_codebooks, int64_t group_rows, int64_t padding_idx, void* out,
                              const Parallel& parallel);
 
+// assignments [B, N] = nearest of centroids [B, K] (ascending) to values [B, N]; values and centroids of dtype, f32 or f64, or
+// values of 16 bits with centroids f32.
+void assign(const void* values, Dtype dtype, const void* centroids, int64_t batch, int64_t n, int num_centroids, uint8_t* assignments,
+            const Parallel& parallel);
+
+// sums, weights [B, K] fp64 += weight * value and weight over the members; sample_weight [B, N] of weight_dtype, or null for ones.
+void update(const void* values, Dtype dtype, const uint8_t* assignments, const void* sample_weight, Dtype weight_dtype, int64_t batch,
+            int64_t n, int num_centroids, double* sums, double* weights, const Parallel& parallel);
+
+enum class KmeansAlgorithm { optimal, lloyd, exact };
+enum class KmeansInit { plus_plus, linear, random, quantile };
+enum class KmeansFault { none, values_not_finite, weights_not_finite, weights_negative, weights_zero };
+
+struct KmeansOptions {
+  KmeansAlgorithm algorithm;
+  KmeansInit init;
+  int64_t max_iter;
+  double tol;
+  uint64_t seed;
+};
+
+// Values [rows, cols] of dtype f32, bf16 or f16; group_rows rows share one problem, so there are G = ceil(rows / group_rows).
+struct KmeansMatrix {
+  const void* values;
+  Dtype dtype;
+  const float* sample_weight;  // [rows, cols] or null
+  int64_t rows, cols, group_rows;
+  int num_centroids;
+  int bits;              // labels are packed with so many bits; 0 leaves them one byte each
+  uint8_t* labels;       // [rows, row_bytes] or [rows, cols]
+  float* centroids;      // [G, K]
+  double* inertia;       // [G]
+  int64_t* n_iter;       // [G]
+  double* bound;         // [G]
+  KmeansFault fault;     // out: the first fault of any problem; the other outputs of the matrix are then undefined
+};
+
+void kmeans(KmeansMatrix* matrices, int64_t count, const KmeansOptions& options, const Parallel& parallel);
+
 }  // namespace cpu
 }  // namespace kmq

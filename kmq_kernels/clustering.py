@@ -28,6 +28,7 @@ Init = Literal["k-means++", "linear", "random", "quantile"]
 _ALGORITHMS = ("optimal", "lloyd", "exact")
 _INITS = ("k-means++", "linear", "random", "quantile")
 _INERTIA_CHUNK = 1 << 20
+_BATCH = 1 << 24  # weights handed to the compiled engine at a time
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,13 @@ def _check_weight(name: str, values: Tensor, weight: Tensor | None) -> None:
             f"sample_weight of {name}: expected shape {tuple(values.shape)} on {values.device},"
             f" got {tuple(weight.shape)} on {weight.device}"
         )
+
+
+def _compiled(tensors: Sequence[Tensor], weights: Sequence[Tensor | None]) -> bool:
+    """Whether the compiled engine takes these: it works on the CPU, on values and weights of at most 32 bits."""
+    given = [*tensors, *(weight for weight in weights if weight is not None)]
+    fits = all(tensor.device.type == "cpu" and tensor.dtype != torch.float64 for tensor in given)
+    return fits and ops.has_kernel("kmeans", "CPU")
 
 
 def _refuse_values(name: str, problem: Array, weight: Array | None) -> None:
@@ -425,6 +433,18 @@ def kmeans(
         _check_weight(name, tensor, weight)
         if not 1 <= count <= 256:
             raise ValueError(f"num_centroids: expected 1 to 256, got {count}")
+    if tensors and _compiled(tensors, weights):
+        rows = [tensor.detach()[None] if tensor.dim() == 1 else tensor.detach() for tensor in tensors]
+        row_weights = [
+            None if weight is None else weight.detach().reshape(row.shape) for row, weight in zip(rows, weights, strict=True)
+        ]
+        solved = ops.kmeans(rows, row_weights, counts, [1] * len(rows), False, *options, names=names)
+        results = []
+        for tensor, labels, centroids, *scalars in zip(tensors, *solved, strict=True):
+            one = tensor.dim() == 1
+            centroids, inertia, n_iter, bound = (part[0] if one else part for part in (centroids, *scalars))
+            results.append(KMeansResult(centroids, labels.view(tensor.shape), inertia, n_iter, bound))
+        return results[0] if single else results
     results = [_kmeans_tensor(*problem, options) for problem in zip(names, tensors, counts, weights, strict=True)]
     return results[0] if single else results
 
@@ -513,11 +533,44 @@ def cluster_matrices(
             raise ValueError(f"bits of {name}: expected 1 to 8, got {width}")
         if group < 1:
             raise ValueError(f"group_rows of {name}: expected at least 1, got {group}")
+    matrices = [matrix.detach() for matrix in matrices]
+    matrices = [matrix.float() if matrix.dtype == torch.float64 else matrix for matrix in matrices]
+    if scheme == "kmeans" and _compiled(matrices, importance):
+        return _cluster_compiled(matrices, importance, bits, group_rows, called, options, on_done)
     done = []
     for i, (name, matrix, weight) in enumerate(zip(called, matrices, importance, strict=True)):
-        done.append(_cluster_matrix(name, matrix.detach(), bits[i], group_rows[i], scheme, weight, options))
+        done.append(_cluster_matrix(name, matrix, bits[i], group_rows[i], scheme, weight, options))
         if on_done is not None:
             on_done(i)
+    return done
+
+
+def _cluster_compiled(
+    matrices: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    bits: Sequence[int],
+    group_rows: Sequence[int],
+    names: Sequence[str],
+    options: _Options,
+    on_done: Callable[[int], None] | None,
+) -> list[ClusteredMatrix]:
+    """In batches of neighbouring matrices: enough work for all threads, small enough for progress to be seen."""
+    done: list[ClusteredMatrix] = []
+    while len(done) < len(matrices):
+        begin = end = len(done)
+        size = 0
+        while end < len(matrices) and size < _BATCH:
+            size += matrices[end].numel()
+            end += 1
+        part = slice(begin, end)
+        labels, centroids, inertia, _, _ = ops.kmeans(
+            list(matrices[part]), list(weights[part]), [2**b for b in bits[part]], list(group_rows[part]), True,
+            *options, names=list(names[part]),
+        )  # fmt: skip
+        done += map(ClusteredMatrix, labels, centroids, inertia)
+        if on_done is not None:
+            for i in range(begin, end):
+                on_done(i)
     return done
 
 
@@ -532,7 +585,6 @@ def _cluster_matrix(
     for g in range(groups):
         members = slice(g * group_rows, min((g + 1) * group_rows, rows))
         values = matrix[members].reshape(-1)
-        values = values.float() if values.dtype == torch.float64 else values
         if scheme == "linear":
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"{name}: NaN or Inf among the values; clustering needs finite values")

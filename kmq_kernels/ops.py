@@ -160,6 +160,55 @@ def update(
     return _ops.update(values, assignments, num_centroids, sample_weight)
 
 
+# kmeans: compiled code only. Its plain form is clustering.py itself, which asks `has_kernel` first.
+
+
+_library.define(
+    "kmeans(Tensor[] values, Tensor?[] sample_weight, int[] num_centroids, int[] group_rows, bool packed, str algorithm, str init,"
+    " int max_iter, float tol, int seed)"
+    " -> (Tensor[] labels, Tensor[] centroids, Tensor[] inertia, Tensor[] n_iter, Tensor[] bound, int[] faults)"
+)
+_KMEANS_FAULTS = (
+    "",
+    "{name}: NaN or Inf among the values; clustering needs finite values",
+    "sample_weight of {name}: NaN or Inf among the weights",
+    "sample_weight of {name}: negative weights; use squares or absolute values",
+    "sample_weight of {name}: all weights are zero; leave it out to weigh all values alike",
+)
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether `op` has an implementation of its own under the dispatch key "CPU" or "CUDA"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"kmq::{op}", key)
+
+
+def kmeans(
+    values: list[Tensor],
+    sample_weight: list[Tensor | None],
+    num_centroids: list[int],
+    group_rows: list[int],
+    packed: bool,
+    algorithm: str,
+    init: str,
+    max_iter: int,
+    tol: float,
+    seed: int,
+    names: list[str],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Clusters matrices (rows, cols) of fp32, bf16 or fp16 on the CPU; group_rows rows share one problem, G for each matrix.
+
+    Returns, for each matrix, labels (packed, or (rows, cols) uint8), centroids (G, K) fp32, inertia, n_iter and bound (G,).
+    clustering.py has checked shapes and options; raises ValueError where the values of a matrix cannot be clustered.
+    """
+    *out, faults = _ops.kmeans(
+        values, sample_weight, num_centroids, group_rows, packed, algorithm, init, max_iter, tol, seed & (2**63 - 1)
+    )
+    for name, fault in zip(names, faults, strict=True):
+        if fault:
+            raise ValueError(_KMEANS_FAULTS[fault].format(name=name))
+    return tuple(out)
+
+
 # pack, unpack
 
 
@@ -458,7 +507,7 @@ def _load_extension() -> Any:
 _extension = _load_extension()
 
 OPS = (
-    "assign", "update", "pack", "unpack", "dequantize", "codebook_linear", "codebook_linear_input_grad", "codebook_linear_grad",
+    "assign", "update", "kmeans", "pack", "unpack", "dequantize", "codebook_linear", "codebook_linear_input_grad", "codebook_linear_grad",
     "codebook_embedding", "codebook_embedding_grad", "codebook_grad",
 )  # fmt: skip
 
@@ -477,9 +526,8 @@ def build_info() -> dict[str, Any]:
         facts = _extension.build_facts()
     implementations = {}
     for op in OPS:
-        has = torch._C._dispatch_has_kernel_for_dispatch_key
         implementations[op] = {
-            "cpu": f"C++ ({facts['cpu_path']})" if has(f"kmq::{op}", "CPU") else "plain torch",
-            "cuda": "CUDA C++" if has(f"kmq::{op}", "CUDA") else "plain torch",
+            "cpu": f"C++ ({facts['cpu_path']})" if has_kernel(op, "CPU") else "plain torch",
+            "cuda": "CUDA C++" if has_kernel(op, "CUDA") else "plain torch",
         }
     return {"version": __version__, "torch": torch.__version__, "extension": facts, "ops": implementations}

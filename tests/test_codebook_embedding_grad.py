@@ -7,7 +7,7 @@ import torch
 import kmq_kernels as kmq
 from kmq_kernels import reference
 
-from . import oracles
+import oracles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((1, 1, 1), (30, 129, 50), (200, 384, 300))  # rows, cols, ids

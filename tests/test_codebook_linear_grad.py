@@ -7,7 +7,7 @@ import torch
 import kmq_kernels as kmq
 from kmq_kernels import reference
 
-from . import oracles
+import oracles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((1, 1, 1), (7, 5, 130), (130, 200, 260), (129, 197, 513))  # M, OUT, IN
