@@ -334,9 +334,9 @@ w = torch.rand(x.shape, generator=g) ** 20
 x[5], x[700] = 1e5, -3e4
 digest = hashlib.sha256()
 lists = [x[:50_001], x.view(2, -1), x[:3000], x[:40_000].bfloat16(), (x[:40_000] / 10).half(), x[:2400].view(3, 800)]
-for k in (2, 7, 16, 64, 256):
+for k in (2, 7, 16, 256):
     for algorithm in ("optimal", "lloyd"):
-        some = lists if k == 16 else [lists[0], *lists[2:]]
+        some = lists if k == 16 and algorithm == "optimal" else [lists[0], *lists[2:]]
         for weights in (None, [w[: v.numel()].view(v.shape) for v in some]):
             for r in kmq.kmeans(some, k, algorithm=algorithm, sample_weight=weights):
                 for part in (r.centroids, r.assignments, r.inertia, r.n_iter, r.bound):
