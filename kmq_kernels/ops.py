@@ -164,8 +164,8 @@ def update(
 
 
 _library.define(
-    "kmeans(Tensor[] values, Tensor?[] sample_weight, int[] num_centroids, int[] group_rows, bool packed, str algorithm, str init,"
-    " int max_iter, float tol, int seed)"
+    "kmeans(Tensor[] values, Tensor?[] sample_weight, int[] num_centroids, int[] group_rows, bool packed,"
+    " str algorithm, str init, int max_iter, float tol, int seed)"
     " -> (Tensor[] labels, Tensor[] centroids, Tensor[] inertia, Tensor[] n_iter, Tensor[] bound, int[] faults)"
 )
 _KMEANS_FAULTS = (
@@ -507,7 +507,8 @@ def _load_extension() -> Any:
 _extension = _load_extension()
 
 OPS = (
-    "assign", "update", "kmeans", "pack", "unpack", "dequantize", "codebook_linear", "codebook_linear_input_grad", "codebook_linear_grad",
+    "assign", "update", "kmeans", "pack", "unpack", "dequantize",
+    "codebook_linear", "codebook_linear_input_grad", "codebook_linear_grad",
     "codebook_embedding", "codebook_embedding_grad", "codebook_grad",
 )  # fmt: skip
 

@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import oracles
@@ -6,6 +9,7 @@ import pytest
 import torch
 
 import kmq_kernels as kmq
+from kmq_kernels import ops
 
 ALGORITHMS = ("optimal", "lloyd", "exact")
 
@@ -155,7 +159,6 @@ def test_fewer_values_than_centroids(algorithm):
     for values in ([2.0], [1.0, 1.0, 1.0], [3.0, -1.0, 3.0], [0.0, -0.0, 5.0]):
         values = torch.tensor(values)
         result = kmq.kmeans(values, 4, algorithm=algorithm)
-        known = values.unique()
         known = torch.tensor(sorted(set(values.tolist())))
         assert torch.equal(result.centroids, torch.cat([known, known[-1:].expand(4 - len(known))]))
         assert int(result.assignments.max()) < len(known)
@@ -301,3 +304,60 @@ def test_bad_arguments_get_a_sentence():
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def test_without_the_extension(monkeypatch):
+    """The plain form keeps the same promises."""
+    monkeypatch.setattr(ops, "has_kernel", lambda op, key: False)
+    for values in (gaussian(3000), gaussian(40_000, 3).bfloat16(), torch.full((9,), 0.3), gaussian(50) ** 5):
+        weight = heavy_weights(len(values))
+        for algorithm in ALGORITHMS:
+            for k in (2, 16):
+                plain = kmq.kmeans(values, k, sample_weight=weight, algorithm=algorithm)
+                check(values, plain, weight, k)
+                optimum = float(kmq.kmeans(values, k, sample_weight=weight, algorithm="exact").inertia)
+                if algorithm != "lloyd":
+                    assert float(plain.inertia) <= 1.0001 * optimum
+                    assert float(plain.inertia) <= float(plain.bound) * optimum * (1 + 1e-6)
+    (out,) = kmq.cluster_matrices([gaussian(300).view(10, 30)], [3], group_rows=[4])
+    assert out.codebook.shape == (3, 8)
+    with pytest.raises(ValueError, match=r"values: NaN or Inf"):
+        kmq.kmeans(torch.tensor([1.0, math.nan]), 1)
+
+
+DIGEST = """
+import hashlib, sys, torch, kmq_kernels as kmq
+torch.set_num_threads(int(sys.argv[1]))
+g = torch.Generator().manual_seed(0)
+x = torch.randn(2_300_000, generator=g)
+w = torch.rand(x.shape, generator=g) ** 20
+x[5], x[700] = 1e5, -3e4
+digest = hashlib.sha256()
+lists = [x[:50_001], x.view(2, -1), x[:3000], x[:40_000].bfloat16(), (x[:40_000] / 10).half(), x[:2400].view(3, 800)]
+for k in (2, 7, 16, 256):
+    for algorithm in ("optimal", "lloyd"):
+        some = lists if k == 16 and algorithm == "optimal" else [lists[0], *lists[2:]]
+        for weights in (None, [w[: v.numel()].view(v.shape) for v in some]):
+            for r in kmq.kmeans(some, k, algorithm=algorithm, sample_weight=weights):
+                for part in (r.centroids, r.assignments, r.inertia, r.n_iter, r.bound):
+                    digest.update(part.numpy().tobytes())
+for bits in range(1, 9):
+    for m in kmq.cluster_matrices([x[:38_900].view(100, 389), x[:6000].view(60, 100)], [bits] * 2, group_rows=[100, 7]):
+        for part in m:
+            digest.update(part.numpy().tobytes())
+print(kmq.build_info()["extension"]["cpu_path"], digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(not ops.has_kernel("kmeans", "CPU"), reason="the extension is not built")
+def test_bits_do_not_depend_on_threads_or_instruction_set():
+    def run(threads, path):
+        environment = {**os.environ, "KMQ_CPU_PATH": path}
+        out = subprocess.run([sys.executable, "-c", DIGEST, str(threads)], env=environment, capture_output=True, check=True)
+        return out.stdout.decode().split()
+
+    _, one = run(1, "")
+    _, two = run(2, "")
+    scalar_path, scalar = run(2, "scalar")
+    assert scalar_path == "scalar"
+    assert one == two == scalar

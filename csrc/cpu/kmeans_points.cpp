@@ -296,43 +296,41 @@ KmeansFault Histogram::points(Points& points) {
     if (part.fault != KmeansFault::none) return part.fault;
     outside += part.outside.size();
   }
-  // Sums of all segments, in their order: bins of values, and for 16-bit values the keys themselves.
-  const int64_t size = dtype_ == Dtype::f32 ? kBins : kHalfKeys;
-  std::vector<Bin> bins(size, Bin{0, 0});
-  for (Part& part : parts_) {
-    for (int64_t b = 0; b < size; ++b) {
+  // Sum of a bin over all segments, in their order; for 16-bit values `sum` is how many there are.
+  const bool halves = dtype_ != Dtype::f32;
+  const auto bin_of = [&](int64_t b) {
+    Bin total{0, 0};
+    for (const Part& part : parts_) {
       if (weight_) {
-        bins[b].weight += part.bins[b].weight;
-        bins[b].sum += part.bins[b].sum;
-      } else if (dtype_ == Dtype::f32) {
-        bins[b].weight += double(part.counts[b] >> 32);
-        bins[b].sum += double(part.counts[b] & 0xffffffffu);
-      } else {
-        bins[b].weight += double(part.counts[b]);
-        bins[b].sum += double(part.counts[b]);
+        total.weight += part.bins[b].weight;
+        total.sum += part.bins[b].sum;
+      } else if (const uint64_t packed = part.counts[b]) {
+        total.weight += double(halves ? packed : packed >> 32);
+        total.sum += double(halves ? packed : packed & 0xffffffffu);
       }
     }
-    part.counts = {};
-    part.bins = {};
-  }
+    return total;
+  };
   if (dtype_ != Dtype::f32) {
     const uint32_t infinity = dtype_ == Dtype::bf16 ? 0x7f80 : 0x7c00;
     const auto add = [&](uint32_t raw) {
-      if (bins[raw].weight <= 0) return;
+      const double weight = bin_of(raw).weight;
+      if (weight <= 0) return;
       const uint16_t narrow = static_cast<uint16_t>(raw);
-      add_point(points, dtype_ == Dtype::bf16 ? float(bf16{narrow}) : float(f16{narrow}), bins[raw].weight);
+      add_point(points, dtype_ == Dtype::bf16 ? float(bf16{narrow}) : float(f16{narrow}), weight);
     };
     for (uint32_t raw = 0; raw < kHalfKeys; ++raw)
-      if ((raw & 0x7fff) >= infinity && bins[raw].sum > 0) return KmeansFault::values_not_finite;
+      if ((raw & 0x7fff) >= infinity && bin_of(raw).sum > 0) return KmeansFault::values_not_finite;
     for (uint32_t raw = infinity; raw-- > 0;) add(raw | 0x8000);
     for (uint32_t raw = 0; raw < infinity; ++raw) add(raw);
     return points.x.empty() ? KmeansFault::weights_zero : KmeansFault::none;
   }
   size_t occupied = 0;
   double total = 0;
-  for (const Bin& bin : bins) {
-    occupied += bin.weight > 0;
-    total += bin.weight;
+  for (int64_t b = 0; b < kBins; ++b) {
+    const double weight = bin_of(b).weight;
+    occupied += weight > 0;
+    total += weight;
   }
   if (weight_)
     for (const Part& part : parts_)
@@ -357,7 +355,7 @@ KmeansFault Histogram::points(Points& points) {
   };
   const uint32_t first = bits_of(scale_) >> kLowBits;
   const auto add_bin = [&](uint32_t key, bool negative) {
-    const Bin& bin = bins[key + negative * kHalfBins];
+    const Bin bin = bin_of(key + negative * kHalfBins);
     if (bin.weight <= 0) return;
     const double low = float_of((first + key) << kLowBits), high = float_of((first + key + 1) << kLowBits);
     const double at = low + (high - low) / (kLowMask + 1) * (bin.sum / bin.weight), y = at - scale_;
@@ -365,6 +363,7 @@ KmeansFault Histogram::points(Points& points) {
     points.w.push_back(bin.weight);
     points.spread.push_back(!weight_ && bin.weight == 1 ? 0.0 : bin.weight * (at - low) * (high - at));
   };
+  for (std::vector<double>* column : {&points.x, &points.w, &points.spread}) column->reserve(occupied + far.size());
   add_far(true);
   for (uint32_t key = kHalfBins; key-- > 0;) add_bin(key, true);
   for (uint32_t key = 0; key < kHalfBins; ++key) add_bin(key, false);

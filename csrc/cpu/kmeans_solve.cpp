@@ -35,8 +35,20 @@ struct Sums {
     const double cost = (wxx[j] - wxx[i]) - first * first / (w[j] - w[i]);
     return cost > 0 ? cost : 0;
   }
-  double centroid(int64_t i, int64_t j) const { return mean + (wx[j] - wx[i]) / (w[j] - w[i]); }
 };
+
+// Mean of points [i, j). Next to weights ten decades larger, the prefix sums hold little of a light cluster: it is added afresh.
+double mean_of(const Points& points, const Sums& sums, int64_t i, int64_t j) {
+  double weight = sums.w[j] - sums.w[i], first = sums.wx[j] - sums.wx[i];
+  if (weight < 1e-4 * sums.w.back()) {
+    weight = first = 0;
+    for (int64_t p = i; p < j; ++p) {
+      weight += points.w[p];
+      first += points.w[p] * (points.x[p] - sums.mean);
+    }
+  }
+  return std::clamp(sums.mean + first / weight, points.x[i], points.x[j - 1]);
+}
 
 using Edges = std::vector<int64_t>;
 
@@ -120,7 +132,7 @@ Edges priced_edges(const Sums& sums, int64_t n, double price) {
 // The optimum for K intervals is convex in K, so some price per interval makes K intervals the best choice. The search starts
 // at the price that high-resolution theory gives: the optimum falls like K^-2, hence the count like price^-1/3.
 Edges optimal_edges(const Sums& sums, int64_t n, int num_centroids, double growth) {
-  constexpr int kPricedFrom = 32;  // fewer layers are filled faster than a price is found
+  constexpr int kPricedFrom = 8;  // fewer layers are filled faster than a price is found
   if (num_centroids < kPricedFrom) return edges_by_layers(sums, n, num_centroids);
   double low = 0, high = kInfinity;
   double price = growth * growth * growth / 6 / std::pow(num_centroids, 3);
@@ -191,7 +203,7 @@ void fill_empty(const Points& points, const Sums& sums, Edges& edges) {
     int64_t cut = 0;
     for (int64_t k = 0; k < K; ++k) {
       if (edges[k + 1] - edges[k] < 2) continue;
-      const double c = sums.centroid(edges[k], edges[k + 1]);
+      const double c = mean_of(points, sums, edges[k], edges[k + 1]);
       for (const int64_t i : {edges[k], edges[k + 1] - 1}) {
         const double gain = points.w[i] * (points.x[i] - c) * (points.x[i] - c);
         if (gain > most) {
@@ -222,7 +234,7 @@ void lloyd(const Points& points, const Sums& sums, const KmeansOptions& options,
     solution.edges = next;
     double shift = 0;
     for (int64_t k = 0; k < K; ++k) {
-      const double moved = sums.centroid(next[k], next[k + 1]);
+      const double moved = mean_of(points, sums, next[k], next[k + 1]);
       shift += (moved - c[k]) * (moved - c[k]);
       c[k] = moved;
     }
@@ -362,7 +374,7 @@ Solution solve(const Points& points, int num_centroids, const KmeansOptions& opt
     }
     over_cells.wxx[0] = 0;
     for (int64_t i = 0; i < m; ++i) {
-      const double c = sums.centroid(cells[i], cells[i + 1]) - sums.mean;
+      const double c = mean_of(points, sums, cells[i], cells[i + 1]) - sums.mean;
       over_cells.wxx[i + 1] = over_cells.wxx[i] + (over_cells.w[i + 1] - over_cells.w[i]) * c * c;
       inside[i] = sums.cost(cells[i], cells[i + 1]);
     }
@@ -373,7 +385,7 @@ Solution solve(const Points& points, int num_centroids, const KmeansOptions& opt
   const Edges edges = optimal_edges(over_cells, m, num_centroids, growth);
   double cost = 0;
   for (int k = 0; k < num_centroids; ++k) {
-    out.centroids.push_back(sums.centroid(cells[edges[k]], cells[edges[k + 1]]));
+    out.centroids.push_back(mean_of(points, sums, cells[edges[k]], cells[edges[k + 1]]));
     out.edges.push_back(cells[edges[k]]);
     cost += over_cells.cost(edges[k], edges[k + 1]);
   }
