@@ -11,7 +11,8 @@ def run_python():
     """run_python(code, **environment) -> the JSON that `code` prints last, from a process of its own."""
 
     def run(code, **environment):
-        path = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")])
+        tests = os.path.dirname(__file__)
+        path = os.pathsep.join([tests, os.path.dirname(tests), os.environ.get("PYTHONPATH", "")])
         env = {**os.environ, "PYTHONPATH": path, **environment}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
