@@ -38,10 +38,11 @@ def sources(pattern: str) -> list[str]:
 
 
 # No -march or -mavx2 here: a kernel that needs AVX2 says so at the function and is chosen at run time. Contraction of a * b + c
-# is off so that the scalar and vector paths round alike. at::parallel_for is inline and takes one thread without -fopenmp; the
-# OpenMP library is torch's own, so nothing is linked.
-openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-cxx = ["-O3", "-std=c++17", "-ffp-contract=off", *openmp, "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+# is off so that the scalar and vector paths round alike.
+cxx = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+# at::parallel_for runs serially in a file compiled without OpenMP. Only the compiler is told: the runtime is the one torch loads.
+if sys.platform == "linux":
+    cxx.append("-fopenmp")
 cpp_sources = ["csrc/bindings.cpp", *sources("csrc/cpu/*.cpp")]
 if wants_cuda():
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(DEFAULT_ARCHS))

@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kBlockRows = 48;
 constexpr int64_t kChunkM = 512;      // rows of the input that share one decoded block
 constexpr int64_t kStripLd = kDepth + 16;  // of decoded rows: rows of one tile in different cache sets
+constexpr int64_t kFewPanels = 4;
 constexpr int64_t kGrainWork = 1 << 19;  // multiplications (a decoded weight counts as 8) that are worth a thread
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -39,6 +40,7 @@ void widen(const T* from, int64_t count, float* to) {
 #ifdef KMQ_X86
 
 constexpr int kFusedRows = 8;
+constexpr int64_t kPrefetch = 1024;  // bytes of packed rows
 constexpr int64_t kFusedInput = 6144;  // floats of input that stay in the first-level cache beside the packed row
 
 // Adds weights * input to M sums; the input is interleaved by groups of 8 columns: [cols / 8][M][8].
@@ -82,7 +84,11 @@ KMQ_AVX2 void dot_rows(const Packed& packed, const float* codebook, int64_t grou
     dot.input = input;
     const uint8_t* end = block + region.cols / kBlock * (kLanes * bits);
 #pragma GCC unroll 1
-    for (; block < end; block += kLanes * bits, dot.input += kBlock * M) decoder.block(block, dot);
+    for (; block < end; block += kLanes * bits, dot.input += kBlock * M) {
+      // Rows follow each other in memory; the hardware's prefetch stops at pages, this one does not.
+      _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(block) + kPrefetch), _MM_HINT_T0);
+      decoder.block(block, dot);
+    }
     const int64_t rest = region.cols % kBlock;
     if (rest) {
       // The weights of padding columns are cleared: their codebook entry may be Inf, which zeros in the input do not hide.
@@ -133,7 +139,7 @@ void fused(const T* input, const Packed& packed, const float* codebook, int64_t 
       if (cols == 0) std::fill(sums, sums + kBlockRows * M, 0.0f);
       for (int64_t col = 0; col < cols; col += depth) {
         const Region region{nullptr, row, rows, col, std::min(depth, cols - col), 0};
-        with_bits(packed.bits, [&](auto bits) {
+        with_small(packed.bits, [&](auto bits) {
           dot_rows<bits(), M>(packed, codebook, group_rows, region, interleaved + col * M, sums, col > 0);
         });
       }
@@ -186,6 +192,8 @@ void tiled(const T* input, int64_t M, const Packed& packed, const float* codeboo
   const int64_t cols = packed.cols, panels = ceil_div(M, kTileCols), last_m = M - (panels - 1) * kTileCols;
   const bool last_half = last_m <= 8;  // the last panel has width 8
   const int64_t ld = panels * kTileCols;
+  // Few panels: the rows of one tile, used while they are in the first-level cache. Many: a panel stays there for all rows.
+  const int64_t step = panels <= kFewPanels ? kTileRows : kBlockRows;
   const auto right = scratch(std::max<int64_t>(1, ld * cols));  // panel p, columns from k on: right + (p * cols + k) * 16
   parallel(panels, ceil_div(kGrainWork, 16 * (cols + 1)), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
@@ -204,17 +212,21 @@ void tiled(const T* input, int64_t M, const Packed& packed, const float* codeboo
       if (cols == 0) std::fill(result.get(), result.get() + kBlockRows * ld, 0.0f);
       for (int64_t col = 0; col < cols; col += kDepth) {
         const int64_t depth = std::min(kDepth, cols - col);
-        decode_rows(packed, codebook, group_rows, Region{nullptr, row, rows, col, depth, kStripLd}, left.get());
-        for (int64_t p = 0; p < panels; ++p)
-          for (int64_t i = 0; i < rows; i += kTileRows) {
-            const float* a = left.get() + i * kStripLd;
-            float* c = result.get() + i * ld + p * kTileCols;
-            const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - i);
-            if (p == panels - 1 && last_half)
-              gemm_tile<8, kStripLd, 1>(depth, a, right.get() + p * kTileCols * cols + col * 8, c, ld, tile_rows, 8, col > 0);
-            else
-              gemm_tile<16, kStripLd, 1>(depth, a, right.get() + (p * cols + col) * kTileCols, c, ld, tile_rows, kTileCols, col > 0);
-          }
+        for (int64_t first = 0; first < rows; first += step) {
+          const int64_t last = std::min(first + step, rows);
+          float* decoded = left.get() + first * kStripLd;
+          decode_rows(packed, codebook, group_rows, Region{nullptr, row + first, last - first, col, depth, kStripLd}, decoded);
+          for (int64_t p = 0; p < panels; ++p)
+            for (int64_t i = first; i < last; i += kTileRows) {
+              const float* a = left.get() + i * kStripLd;
+              float* c = result.get() + i * ld + p * kTileCols;
+              const int64_t tile_rows = std::min<int64_t>(kTileRows, rows - i);
+              if (p == panels - 1 && last_half)
+                gemm_tile<8, kStripLd, 1>(depth, a, right.get() + p * kTileCols * cols + col * 8, c, ld, tile_rows, 8, col > 0);
+              else
+                gemm_tile<16, kStripLd, 1>(depth, a, right.get() + (p * cols + col) * kTileCols, c, ld, tile_rows, kTileCols, col > 0);
+            }
+        }
       }
       write_out(result.get(), ld, rows, M, bias ? bias + row : nullptr, output + row, packed.rows);
     }
@@ -227,7 +239,7 @@ void linear(const T* input, int64_t M, const Packed& packed, const float* codebo
 #ifdef KMQ_X86
   if (avx2() && M <= kFusedRows) {
     const auto run = [&](auto rows) { fused<rows()>(input, packed, codebook, group_rows, bias, output, parallel); };
-    return with_bits(static_cast<int>(M), run);
+    return with_small(static_cast<int>(M), run);
   }
 #endif
   for (int64_t m = 0; m < M; m += kChunkM)

@@ -35,10 +35,10 @@ inline void decode_block(const uint8_t* block, int bits, uint8_t* index) {
   }
 }
 
-// Calls f(std::integral_constant<int, bits>).
+// Calls f(std::integral_constant<int, n>) for a run-time n from 1 to 8: bits, or rows of a small input.
 template <typename F>
-void with_bits(int bits, const F& f) {
-  switch (bits) {
+void with_small(int n, const F& f) {
+  switch (n) {
     case 1: return f(std::integral_constant<int, 1>{});
     case 2: return f(std::integral_constant<int, 2>{});
     case 3: return f(std::integral_constant<int, 3>{});
@@ -155,13 +155,13 @@ KMQ_AVX2_INLINE void indices_avx2(const uint8_t* block, uint8_t* index) {
 
 // Decodes blocks of `bits` bits with one codebook of 32-bit entries; every value is exact, bit for bit.
 //   bits 1, 2   a register is the table, vpermilps looks up by a shifted dword
-//   bits 3..6   the four bytes of the entries are tables of 16 of vpshufb; above 16 entries an index outside of a sub-table is
+//   bits 3..7   the four bytes of the entries are tables of 16 of vpshufb; above 16 entries an index outside of a sub-table is
 //               brought to a byte with its top bit set, for which vpshufb gives 0, and the sub-tables are or-ed
-//   bits 7, 8   scalar loads, which measured faster than vpgatherdd and than 8 or 16 sub-tables
+//   bits 8      scalar loads, which measured as fast as vpgatherdd and faster than 16 sub-tables
 template <int bits>
 struct Decoder {
   static constexpr int kTables = bits <= 4 ? 1 : 1 << (bits - 4);
-  __m256i table[bits <= 6 ? kTables : 1][4];
+  __m256i table[bits <= 7 ? kTables : 1][4];
   const float* book;
 
   KMQ_AVX2_INLINE void load(const float* codebook) {
@@ -172,7 +172,7 @@ struct Decoder {
       table[0][0] = _mm256_set1_epi64x(both);
     } else if (bits == 2) {
       table[0][0] = _mm256_castps_si256(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(codebook)));
-    } else if (bits <= 6) {
+    } else if (bits <= 7) {
       const __m128i bytes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
       for (int t = 0; t < kTables; ++t) {
         __m128i r[4];
@@ -205,7 +205,7 @@ struct Decoder {
         for (int field = 0; field < 8; ++field)
           out(16 * field + 8 * half, field % 4, _mm256_permutevar_ps(entries, _mm256_srli_epi32(fields, bits * field)));
       }
-    } else if constexpr (bits <= 6) {
+    } else if constexpr (bits <= 7) {
       __m256i index[2][2];
       index_vectors<bits>(block, index);
 #pragma GCC unroll 2
@@ -306,7 +306,7 @@ void decode_rows(const Packed& packed, const T* codebook, int64_t group_rows, co
 #ifdef KMQ_X86
   if constexpr (sizeof(T) <= 4) {
     if (avx2())
-      return with_bits(packed.bits, [&](auto bits) { decode_rows_avx2<bits()>(packed, codebook, group_rows, region, out); });
+      return with_small(packed.bits, [&](auto bits) { decode_rows_avx2<bits()>(packed, codebook, group_rows, region, out); });
   }
 #endif
   decode_rows_scalar(packed, codebook, group_rows, region, out);

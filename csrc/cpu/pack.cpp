@@ -34,7 +34,7 @@ KMQ_AVX2 void unpack_row_avx2(const uint8_t* block, int64_t cols, uint8_t* assig
 
 void unpack_row(const uint8_t* block, int bits, int64_t cols, uint8_t* assignments) {
 #ifdef KMQ_X86
-  if (avx2()) return with_bits(bits, [&](auto constant) { unpack_row_avx2<constant()>(block, cols, assignments); });
+  if (avx2()) return with_small(bits, [&](auto constant) { unpack_row_avx2<constant()>(block, cols, assignments); });
 #endif
   uint8_t index[kBlock];
   for (; cols > 0; cols -= kBlock, assignments += kBlock, block += kLanes * bits) {
