@@ -97,7 +97,6 @@ def test_emulated_bits_do_not_depend_on_the_order_of_threads(
         assert all(torch.equal(outs[0], out) for out in outs)
 
 
-@pytest.mark.xfail(reason="4 of the 34 kernels spill up to 16 bytes for sm_80, 2 for sm_90", strict=True)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_nvcc_compiles_without_spills(architecture: str, tmp_path: Path) -> None:
     if NVCC is None:

@@ -90,7 +90,7 @@ struct Codes {
 };
 
 template <typename T, int bits, typename Wide>
-__global__ void __launch_bounds__(256) sum_pieces(const T* __restrict__ grad, const uint8_t* __restrict__ packed, int64_t cols,
+__global__ void __launch_bounds__(256, 1) sum_pieces(const T* __restrict__ grad, const uint8_t* __restrict__ packed, int64_t cols,
                                                   int64_t row_bytes, Task task, bool aligned, double* __restrict__ partial) {
   extern __shared__ __align__(16) unsigned char shared[];
   constexpr int K = 1 << bits;
