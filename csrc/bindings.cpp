@@ -4,6 +4,11 @@
 #include <torch/extension.h>
 
 #include <algorithm>
+#ifdef KMQ_CUDA
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#endif
 
 #include "kmq.h"
 
@@ -256,6 +261,27 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, std::vector<int64_t>> km
   return {labels, centroids, inertia, n_iter, bound, faults};
 }
 
+#ifdef KMQ_CUDA
+
+Tensor codebook_grad_cuda(const Tensor& grad_in, const Tensor& packed_in, int64_t num_codebooks, int64_t num_centroids,
+                          int64_t group_rows) {
+  const c10::cuda::CUDAGuard guard(grad_in.device());
+  const Tensor grad = grad_in.contiguous();
+  Tensor packed = packed_in.contiguous();
+  if (reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16) packed = packed.clone();
+  const kmq::Packed matrix = packed_of(packed, grad.size(1), num_centroids);
+  check_groups(matrix.rows, num_codebooks, group_rows);
+  TORCH_CHECK(grad.dim() == 2 && grad.size(0) == matrix.rows && packed.device() == grad.device(), "grad: does not fit");
+  Tensor out = at::empty({num_codebooks, num_centroids}, grad.options().dtype(wide(grad.scalar_type())));
+  Tensor workspace = at::empty({kmq::cuda::codebook_grad_workspace(matrix, num_codebooks, group_rows)}, grad.options().dtype(at::kDouble));
+  kmq::cuda::codebook_grad(grad.const_data_ptr(), dtype_of(grad), matrix, num_codebooks, group_rows,
+                           workspace.mutable_data_ptr<double>(), out.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+#endif
+
 pybind11::dict build_facts() {
   pybind11::dict facts;
   facts["cpu_path"] = kmq::cpu::path();
@@ -285,6 +311,10 @@ TORCH_LIBRARY_IMPL(kmq, CPU, m) {
   m.impl("codebook_linear_grad", &codebook_linear_grad);
   m.impl("codebook_embedding_grad", &codebook_embedding_grad);
 }
+
+#ifdef KMQ_CUDA
+TORCH_LIBRARY_IMPL(kmq, CUDA, m) { m.impl("codebook_grad", &codebook_grad_cuda); }
+#endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of kmq_kernels; importing it registers them with torch's dispatcher.";

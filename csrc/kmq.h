@@ -105,3 +105,16 @@ void kmeans(KmeansMatrix* matrices, int64_t count, const KmeansOptions& options,
 
 }  // namespace cpu
 }  // namespace kmq
+
+struct CUstream_st;  // cudaStream_t points to one
+
+namespace kmq::cuda {
+
+// Doubles of workspace that codebook_grad needs; depends on the shape only.
+int64_t codebook_grad_workspace(const Packed& packed, int64_t num_codebooks, int64_t group_rows);
+
+// As cpu::codebook_grad, for device pointers; packed.data is 16-byte aligned. Launch errors are left to cudaGetLastError.
+void codebook_grad(const void* grad, Dtype dtype, const Packed& packed, int64_t num_codebooks, int64_t group_rows,
+                   double* workspace, void* out, CUstream_st* stream);
+
+}  // namespace kmq::cuda

@@ -18,7 +18,7 @@ SHAPES = ((1, 1), (3, 127), (37, 128), (65, 129), (50, 300), (97, 768))
 GROUPS = (1, 8, 1 << 20)
 
 
-def problem(rows: int, cols: int, bits: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def problem(rows: int, cols: int, bits: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(0, 2**bits, (rows, cols), dtype=torch.uint8, generator=generator)
     grad = torch.randn(rows, cols, generator=generator, dtype=torch.float64).to(dtype)

@@ -74,6 +74,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_gradcheck_through_codebook_linear(bits: int) -> None:
     _, _, _, packed = problem(4, 5, 9, bits, torch.float64)
-    input, bias = torch.randn(4, 9, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64, requires_grad=True)
+    input = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
     codebook = torch.randn(3, 2**bits, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda x, book, b: kmq.codebook_linear(x, packed, book, b, group_rows=2), (input, codebook, bias))
