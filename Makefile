@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
 STEPS ?= 450
 
-.PHONY: help demo test test-slow lint bench gpu clean
+.PHONY: help demo test test-slow lint sanitize bench gpu clean
 help:
 	@echo "make demo       the three stages on the embedded model and data, a table and $(DEMO_OUT)/results.json"
 	@echo "make test       lint, types and the test suite"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff and mypy"
+	@echo "make sanitize   the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on random input"
 	@echo "make bench      the CPU benchmarks"
 	@echo "make gpu        on a CUDA machine, in the current environment: build, tests marked gpu, benchmarks, result file"
 
@@ -30,6 +31,12 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(wildcard csrc/*.h csr
 
 demo: $(VENV)/built
 	$(BIN)/kmq run minilm --task banking77 --bits 4 --bits 3 --bits 2 --scheme kmeans --scheme linear --steps $(STEPS) -o $(DEMO_OUT)
+
+sanitize:
+	mkdir -p build
+	for driver in tests/sanitize/*.cpp; do \
+	  $(CXX) -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc -o build/sanitize \
+	    $$driver csrc/cpu/*.cpp && build/sanitize && KMQ_CPU_PATH=scalar build/sanitize || exit 1; done
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

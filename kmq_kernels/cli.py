@@ -100,7 +100,7 @@ def run(
     configs = {}
     for kind in scheme or [Scheme.kmeans]:
         for width in bits or [4]:
-            configs[f"{preset or kind.value}-{width}bit"] = KMQConfig(bits=width, scheme=kind.value, **options)
+            configs[f"{preset or kind.value}-{width}bit"] = KMQConfig(**{"bits": width, "scheme": kind.value, **options})
     shared: dict[str, Any] = {"batch_size": batch_size, "codebook_lr_mult": codebook_lr_mult, "max_length": max_length, "seed": seed}
     pipeline = Run(
         model=model,

@@ -9,7 +9,7 @@ that `assignments` is exactly `searchsorted(midpoints, values)` for the centroid
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,8 @@ __all__ = ["ClusteredMatrix", "KMeansResult", "cluster_matrices", "kmeans", "lin
 Array = npt.NDArray[Any]
 Algorithm = Literal["optimal", "lloyd", "exact"]
 Init = Literal["k-means++", "linear", "random", "quantile"]
+Scheme = Literal["kmeans", "linear"]
 
-_ALGORITHMS = ("optimal", "lloyd", "exact")
-_INITS = ("k-means++", "linear", "random", "quantile")
 _INERTIA_CHUNK = 1 << 20
 _BATCH = 1 << 24  # weights handed to the compiled engine at a time
 
@@ -71,10 +70,10 @@ class _Solution(NamedTuple):
 
 
 def _check_options(algorithm: str, init: str, max_iter: int, tol: float, seed: int) -> _Options:
-    if algorithm not in _ALGORITHMS:
-        raise ValueError(f"algorithm: expected one of {', '.join(_ALGORITHMS)}, got {algorithm!r}")
-    if init not in _INITS:
-        raise ValueError(f"init: expected one of {', '.join(_INITS)}, got {init!r}")
+    if algorithm not in get_args(Algorithm):
+        raise ValueError(f"algorithm: expected one of {', '.join(get_args(Algorithm))}, got {algorithm!r}")
+    if init not in get_args(Init):
+        raise ValueError(f"init: expected one of {', '.join(get_args(Init))}, got {init!r}")
     if max_iter < 1:
         raise ValueError(f"max_iter: expected at least 1, got {max_iter}")
     if not tol >= 0:
@@ -495,7 +494,7 @@ def cluster_matrices(
     bits: Sequence[int],
     *,
     group_rows: Sequence[int],
-    scheme: Literal["kmeans", "linear"] = "kmeans",
+    scheme: Scheme = "kmeans",
     algorithm: Algorithm = "optimal",
     init: Init = "k-means++",
     max_iter: int = 300,

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, Literal, get_args
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .clustering import Algorithm, Init, Scheme
+
 QUANT_METHOD = "kmq"
 
-SCHEMES = ("kmeans", "linear")
-GRANULARITIES = ("tensor", "row", "group")
-ALGORITHMS = ("optimal", "exact", "lloyd")
-INITS = ("k-means++", "linear", "random", "quantile")
-GRAD_REDUCTIONS = ("sum", "mean")
+Granularity = Literal["tensor", "row", "group"]
+GradReduction = Literal["sum", "mean"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The source's method as written: see README, "Where the method comes from".
@@ -57,18 +56,18 @@ class KMQConfig(QuantizationConfigMixin):
     """
 
     bits: int = 4
-    scheme: str = "kmeans"
-    granularity: str = "tensor"
+    scheme: Scheme = "kmeans"
+    granularity: Granularity = "tensor"
     group_rows: int = 8
     skip: list[str] | None = None
     module_bits: dict[str, int] | None = None
     preset: str | None = None
-    algorithm: str = "optimal"
-    init: str = "k-means++"
+    algorithm: Algorithm = "optimal"
+    init: Init = "k-means++"
     max_iter: int = 300
     tol: float = 0.0
     seed: int = 0
-    grad_reduction: str = "sum"
+    grad_reduction: GradReduction = "sum"
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # the base class knows its own methods only
 
     def __post_init__(self) -> None:
@@ -79,11 +78,11 @@ class KMQConfig(QuantizationConfigMixin):
                 if getattr(self, name) not in (defaults[name], value):
                     raise ValueError(f"{name}: preset {self.preset!r} sets {value!r}, got {getattr(self, name)!r} as well")
                 setattr(self, name, value)
-        self._expect("scheme", SCHEMES)
-        self._expect("granularity", GRANULARITIES)
-        self._expect("algorithm", ALGORITHMS)
-        self._expect("init", INITS)
-        self._expect("grad_reduction", GRAD_REDUCTIONS)
+        self._expect("scheme", get_args(Scheme))
+        self._expect("granularity", get_args(Granularity))
+        self._expect("algorithm", get_args(Algorithm))
+        self._expect("init", get_args(Init))
+        self._expect("grad_reduction", get_args(GradReduction))
         self._expect("quant_method", (QUANT_METHOD,))
         self._expect_integer("bits", self.bits, 1, 8)
         self._expect_integer("group_rows", self.group_rows, 1, None)

@@ -33,6 +33,8 @@ class CodebookModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight (rows, cols) decoded, differentiable in the codebook; costs a decode at every access."""
+        if self.codebook.is_meta or self.packed.is_meta:  # from_pretrained looks at it before all is loaded
+            return torch.empty(self.rows, self.cols, device="meta", dtype=self.codebook.dtype)
         return ops.dequantize(self.packed, self.trained_codebook(), self.cols, group_rows=self.group_rows)
 
     def trained_codebook(self) -> Tensor:

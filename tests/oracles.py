@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 # k-means in one dimension
 
 

@@ -1,13 +1,12 @@
 """codebook_embedding_grad: the gradient of a codebook from the rows of a batch's ids, against float64 brute force."""
 
 import numpy as np
+import oracles
 import pytest
 import torch
 
 import kmq_kernels as kmq
 from kmq_kernels import reference
-
-import oracles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((1, 1, 1), (30, 129, 50), (200, 384, 300))  # rows, cols, ids

@@ -5,13 +5,12 @@ import subprocess
 import sys
 
 import numpy as np
+import oracles
 import pytest
 import torch
 
 import kmq_kernels as kmq
 from kmq_kernels import ops, reference
-
-import oracles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((1, 1), (3, 127), (37, 128), (65, 129), (50, 300), (97, 768))

@@ -1,13 +1,12 @@
 """codebook_linear_grad: the gradient of a codebook from grad_output and input, against float64 brute force."""
 
 import numpy as np
+import oracles
 import pytest
 import torch
 
 import kmq_kernels as kmq
 from kmq_kernels import reference
-
-import oracles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((1, 1, 1), (7, 5, 130), (130, 200, 260), (129, 197, 513))  # M, OUT, IN

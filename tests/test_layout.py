@@ -14,7 +14,7 @@ ALLOWED = {
     "packing": set(),
     "reference": {"packing"},
     "ops": {"packing", "reference", "triton_kernels"},
-    "config": set(),
+    "config": {"clustering"},
     "clustering": {"packing", "reference", "ops"},
     "modules": {"packing", "reference", "ops"},
     "quantize": {"clustering", "modules", "config", "ops", "packing"},

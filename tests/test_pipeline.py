@@ -42,7 +42,7 @@ def folder(tmp_path):
 def _run(folder, out="out", **options):
     task = load_task(None, train_file=folder / "train.csv", validation_file=folder / "dev.csv")
     settings = {
-        "stage1": pipeline.TrainingSettings(steps=12, batch_size=8, learning_rate=5e-3, max_length=8),
+        "stage1": pipeline.TrainingSettings(steps=60, batch_size=16, learning_rate=2e-3, max_length=8),
         "stage3": pipeline.TrainingSettings(steps=4, batch_size=8, learning_rate=1e-3, max_length=8),
         "configs": {"kmeans-2bit": kmq.KMQConfig(bits=2), "linear-3bit": kmq.KMQConfig(bits=3, scheme="linear")},
     }
