@@ -101,7 +101,8 @@ def run(
     for kind in scheme or [Scheme.kmeans]:
         for width in bits or [4]:
             configs[f"{preset or kind.value}-{width}bit"] = KMQConfig(**{"bits": width, "scheme": kind.value, **options})
-    shared: dict[str, Any] = {"batch_size": batch_size, "codebook_lr_mult": codebook_lr_mult, "max_length": max_length, "seed": seed}
+    lengths = {"batch_size": batch_size, "max_length": max_length}
+    shared: dict[str, Any] = {**lengths, "codebook_lr_mult": codebook_lr_mult, "seed": seed}
     pipeline = Run(
         model=model,
         task=_task(task, data_dir, train_file, validation_file, text_column, label_column),

@@ -10,6 +10,7 @@ import torch
 
 import kmq_kernels as kmq
 from kmq_kernels import ops
+from kmq_kernels.clustering import cluster_matrices
 
 ALGORITHMS = ("optimal", "lloyd", "exact")
 
@@ -198,7 +199,7 @@ def test_cluster_matrices(bits):
     matrices = [gaussian(10 * 70, bits).view(10, 70), gaussian(6 * 128).view(6, 128).bfloat16(), gaussian(300).view(300, 1)]
     groups = [4, 1, 300]
     seen = []
-    out = kmq.cluster_matrices(matrices, [bits] * 3, group_rows=groups, on_done=seen.append)
+    out = cluster_matrices(matrices, [bits] * 3, group_rows=groups, on_done=seen.append)
     assert seen == [0, 1, 2]
     for matrix, group, result in zip(matrices, groups, out, strict=True):
         rows, cols = matrix.shape
@@ -216,10 +217,10 @@ def test_cluster_matrices(bits):
 
 def test_cluster_matrices_weighted_and_linear():
     matrix, weight = gaussian(640).view(8, 80), heavy_weights(640).view(8, 80)
-    (out,) = kmq.cluster_matrices([matrix], [3], group_rows=[8], sample_weight=[weight])
+    (out,) = cluster_matrices([matrix], [3], group_rows=[8], sample_weight=[weight])
     alone = kmq.kmeans(matrix.reshape(-1), 8, sample_weight=weight.reshape(-1))
     assert torch.equal(out.codebook[0], alone.centroids)
-    (out,) = kmq.cluster_matrices([matrix], [3], group_rows=[2], scheme="linear")
+    (out,) = cluster_matrices([matrix], [3], group_rows=[2], scheme="linear")
     for g in range(4):
         alone = kmq.linear_codebook(matrix[2 * g : 2 * g + 2].reshape(-1), 8)
         assert torch.equal(out.codebook[g], alone.centroids)
@@ -262,7 +263,7 @@ def test_values_that_are_not_finite_are_refused_by_name(bad, n, dtype):
     with pytest.raises(ValueError, match=r"values\[1\]: NaN or Inf"):
         kmq.kmeans([gaussian(10), values], 4)
     with pytest.raises(ValueError, match=r"query: NaN or Inf"):
-        kmq.cluster_matrices([gaussian(20).view(4, 5), values.view(-1, 10)], [2, 2], group_rows=[4, n], names=["key", "query"])
+        cluster_matrices([gaussian(20).view(4, 5), values.view(-1, 10)], [2, 2], group_rows=[4, n], names=["key", "query"])
     with pytest.raises(ValueError, match="values: NaN or Inf"):
         kmq.linear_codebook(values, 4)
 
@@ -296,11 +297,11 @@ def test_bad_arguments_get_a_sentence():
         (lambda: kmq.kmeans(values, 2, tol=-1.0), ValueError, "tol: expected"),
         (lambda: kmq.kmeans(values, 2, sample_weight=values[:3]), ValueError, "sample_weight of values: expected shape"),
         (lambda: kmq.kmeans([values, values], [2]), ValueError, "num_centroids: expected one for each"),
-        (lambda: kmq.cluster_matrices([values], [2], group_rows=[1]), ValueError, r"expected shape \(rows, cols\)"),
-        (lambda: kmq.cluster_matrices([values[None]], [9], group_rows=[1]), ValueError, "expected 1 to 8"),
-        (lambda: kmq.cluster_matrices([values[None]], [2], group_rows=[0]), ValueError, "at least 1"),
-        (lambda: kmq.cluster_matrices([values[None]], [2], group_rows=[]), ValueError, "group_rows: expected one"),
-        (lambda: kmq.cluster_matrices([values[None]], [2], group_rows=[1], scheme="pq"), ValueError, "scheme"),
+        (lambda: cluster_matrices([values], [2], group_rows=[1]), ValueError, r"expected shape \(rows, cols\)"),
+        (lambda: cluster_matrices([values[None]], [9], group_rows=[1]), ValueError, "expected 1 to 8"),
+        (lambda: cluster_matrices([values[None]], [2], group_rows=[0]), ValueError, "at least 1"),
+        (lambda: cluster_matrices([values[None]], [2], group_rows=[]), ValueError, "group_rows: expected one"),
+        (lambda: cluster_matrices([values[None]], [2], group_rows=[1], scheme="pq"), ValueError, "scheme"),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -319,7 +320,7 @@ def test_without_the_extension(monkeypatch):
                 if algorithm != "lloyd":
                     assert float(plain.inertia) <= 1.0001 * optimum
                     assert float(plain.inertia) <= float(plain.bound) * optimum * (1 + 1e-6)
-    (out,) = kmq.cluster_matrices([gaussian(300).view(10, 30)], [3], group_rows=[4])
+    (out,) = cluster_matrices([gaussian(300).view(10, 30)], [3], group_rows=[4])
     assert out.codebook.shape == (3, 8)
     with pytest.raises(ValueError, match=r"values: NaN or Inf"):
         kmq.kmeans(torch.tensor([1.0, math.nan]), 1)
@@ -327,6 +328,7 @@ def test_without_the_extension(monkeypatch):
 
 DIGEST = """
 import hashlib, sys, torch, kmq_kernels as kmq
+from kmq_kernels.clustering import cluster_matrices
 torch.set_num_threads(int(sys.argv[1]))
 g = torch.Generator().manual_seed(0)
 x = torch.randn(2_300_000, generator=g)
@@ -342,7 +344,7 @@ for k in (2, 7, 16, 256):
                 for part in (r.centroids, r.assignments, r.inertia, r.n_iter, r.bound):
                     digest.update(part.numpy().tobytes())
 for bits in range(1, 9):
-    for m in kmq.cluster_matrices([x[:38_900].view(100, 389), x[:6000].view(60, 100)], [bits] * 2, group_rows=[100, 7]):
+    for m in cluster_matrices([x[:38_900].view(100, 389), x[:6000].view(60, 100)], [bits] * 2, group_rows=[100, 7]):
         for part in m:
             digest.update(part.numpy().tobytes())
 print(kmq.build_info()["extension"]["cpu_path"], digest.hexdigest())

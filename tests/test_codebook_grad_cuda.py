@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import oracles
 import pytest
 import torch
+from test_codebook_grad import DTYPES, assert_sums, problem
 
 import kmq_kernels as kmq
-
-from . import oracles
-from .test_codebook_grad import DTYPES, assert_sums, problem
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc" / "cuda" / "codebook_grad.cu"
