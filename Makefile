@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
-STEPS ?= 450
 
 .PHONY: help demo test test-slow lint sanitize bench gpu clean
 help:
@@ -30,7 +29,7 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(wildcard csrc/*.h csr
 	touch $@
 
 demo: $(VENV)/built
-	$(BIN)/kmq run minilm --task banking77 --bits 4 --bits 3 --bits 2 --scheme kmeans --scheme linear --steps $(STEPS) -o $(DEMO_OUT)
+	$(BIN)/kmq run minilm --task banking77 --bits 4 --bits 3 --bits 2 --scheme kmeans --scheme linear -o $(DEMO_OUT)
 
 sanitize:
 	mkdir -p build
