@@ -54,7 +54,10 @@ def test_unpack(benchmark, device, weight):
 def test_dequantize(benchmark, device, weight):
     _, packed, codebook, _ = weight
     _timed(
-        benchmark, device, lambda: ops.dequantize(packed, codebook, COLS), lambda: reference.dequantize(packed, codebook, COLS, ROWS)
+        benchmark,
+        device,
+        lambda: ops.dequantize(packed, codebook, COLS),
+        lambda: reference.dequantize(packed, codebook, COLS, ROWS),
     )
 
 

@@ -289,12 +289,11 @@ def main() -> None:
     from safetensors import SafetensorError
 
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer gives Ctrl-C back as exit code 130
     except typer.Exit as request:
-        sys.exit(request.exit_code)
+        code = request.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("\nkmq: interrupted; what was finished is kept, and `kmq run` as before goes on from there", file=sys.stderr)
-        sys.exit(130)
+        code = 130
     except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         print(f"kmq: {error}", file=sys.stderr)
         sys.exit(1)
@@ -302,7 +301,10 @@ def main() -> None:
         if not hasattr(error, "show"):
             raise
         error.show()
-        sys.exit(getattr(error, "exit_code", 2))
+        code = getattr(error, "exit_code", 2)
+    if code == 130:
+        print("\nkmq: interrupted; what was finished is kept, and `kmq run` as before goes on from there", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

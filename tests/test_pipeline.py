@@ -128,7 +128,7 @@ def _kmq(monkeypatch, *arguments):
     try:
         cli.main()
     except SystemExit as stop:
-        return stop.code
+        return stop.code or 0
     return 0
 
 
@@ -148,6 +148,17 @@ def test_command_line(folder, monkeypatch, capsys):
     # A quantized model goes on training with its indices fixed.
     assert _kmq(monkeypatch, "finetune", third, "-o", folder / "more", *few, *files) == 0
     assert torch.equal(kmq.load(folder / "more").bert.pooler.dense.packed, kmq.load(third).bert.pooler.dense.packed)
+
+
+def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "evaluate", interrupted)
+    files = ["--train-file", folder / "train.csv", "--validation-file", folder / "dev.csv", "--max-length", 8]
+    assert _kmq(monkeypatch, "run", folder / "model", "-o", folder / "run", "--steps", 1, *files) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [p.name for p in (folder / "run").iterdir()] == ["run.json"]
 
 
 @pytest.mark.parametrize(
