@@ -134,7 +134,7 @@ def results_table(results: dict[str, Any]) -> Table:
         return f"{facts['metrics'][metric]:.4f}"
 
     first, control = results["stage1"], results["control"]
-    table.add_row(f"fp32, stage 1 ({first['seconds']:.0f} s)", value(first), "", *size(first), "", "")
+    table.add_row(f"fp32 ({first['seconds']:.0f} s)", value(first), "", *size(first), "", "")
     if control is not None:
         table.add_row("fp32, control", "", value(control), *size(control), "", f"{control['seconds']:.0f}")
     for name, stages in results["quantized"].items():
