@@ -69,7 +69,7 @@ class TrainingSettings:
     """One fine-tuning. steps: optimizer steps; learning_rate: of everything but codebooks, which take
     learning_rate * codebook_lr_mult and no weight decay; max_length: tokens a text is cut to."""
 
-    steps: int = 400
+    steps: int = 450
     batch_size: int = 32
     learning_rate: float = 3e-4
     codebook_lr_mult: float = 5.0
@@ -279,7 +279,7 @@ class Run:
     out: Path
     configs: dict[str, KMQConfig]  # name of the folder -> configuration
     stage1: TrainingSettings = dataclasses.field(default_factory=TrainingSettings)
-    stage3: TrainingSettings = dataclasses.field(default_factory=lambda: TrainingSettings(steps=40, learning_rate=1e-4))
+    stage3: TrainingSettings = dataclasses.field(default_factory=lambda: TrainingSettings(steps=30, learning_rate=1e-4))
     control: bool = True
     command: Sequence[str] = ()
     announce: Callable[[str], None] = log.info
