@@ -35,7 +35,7 @@ sanitize:
 	mkdir -p build
 	for driver in tests/sanitize/*.cpp; do \
 	  $(CXX) -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc -o build/sanitize \
-	    $$driver csrc/cpu/*.cpp && build/sanitize && KMQ_CPU_PATH=scalar build/sanitize || exit 1; done
+	    $$driver csrc/cpu/*.cpp && build/sanitize && KMQ_CPU_PATH=avx2 build/sanitize && KMQ_CPU_PATH=scalar build/sanitize || exit 1; done
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

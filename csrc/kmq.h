@@ -25,11 +25,15 @@ using Parallel = std::function<void(int64_t n, int64_t grain, const std::functio
 
 namespace cpu {
 
-// The instruction set that the kernels use on this machine: "avx2" or "scalar".
+// The instruction set that the kernels use on this machine: "avx512", "avx2" or "scalar". KMQ_CPU_PATH in the environment lowers
+// it, and is read once; throws std::runtime_error where it names what is not there.
 const char* path();
 
-// Whether that is "avx2" (with FMA and F16C). KMQ_CPU_PATH=scalar in the environment says no; it is read once.
+// Whether AVX2, FMA and F16C may be used; also true on the "avx512" path.
 bool avx2();
+
+// Whether AVX-512 F, BW, DQ and VL, and BMI2, may be used.
+bool avx512();
 
 // weight [rows, cols] = codebook [G, K] at the indices; both of dtype.
 void dequantize(const Packed& packed, const void* codebook, Dtype dtype, int64_t group_rows, void* weight, const Parallel& parallel);

@@ -506,11 +506,37 @@ def _load_extension() -> Any:
 
 _extension = _load_extension()
 
+# Ops with a Triton launcher of the same name and signature: op -> file in triton_kernels/.
+_TRITON: dict[str, str] = {}
+
+
+def _register_triton(op: str, file: str) -> None:
+    """Has `op` run its Triton launcher on CUDA tensors; triton is imported at the first call."""
+
+    def run(*arguments: Any) -> Any:
+        if any(isinstance(argument, Tensor) and argument.dtype == torch.float64 for argument in arguments):
+            return getattr(reference, op)(*arguments)  # tensor cores and shared memory are laid out for 32 bits
+        return getattr(importlib.import_module(f".triton_kernels.{file}", __package__), op)(*arguments)
+
+    _library.impl(op, run, "CUDA")
+
+
+_has_triton = importlib.util.find_spec("triton") is not None
+if _has_triton:
+    for _op, _file in _TRITON.items():
+        _register_triton(_op, _file)
+
 OPS = (
     "assign", "update", "kmeans", "pack", "unpack", "dequantize",
     "codebook_linear", "codebook_linear_input_grad", "codebook_linear_grad",
     "codebook_embedding", "codebook_embedding_grad", "codebook_grad",
 )  # fmt: skip
+
+
+def _cuda_implementation(op: str) -> str:
+    if op in _TRITON:
+        return "Triton (fp64: plain torch)" if _has_triton else "plain torch: triton is not installed"
+    return "CUDA C++" if has_kernel(op, "CUDA") else "plain torch"
 
 
 def build_info() -> dict[str, Any]:
@@ -529,6 +555,6 @@ def build_info() -> dict[str, Any]:
     for op in OPS:
         implementations[op] = {
             "cpu": f"C++ ({facts['cpu_path']})" if has_kernel(op, "CPU") else "plain torch",
-            "cuda": "CUDA C++" if has_kernel(op, "CUDA") else "plain torch",
+            "cuda": _cuda_implementation(op),
         }
     return {"version": __version__, "torch": torch.__version__, "extension": facts, "ops": implementations}

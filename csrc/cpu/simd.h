@@ -1,7 +1,7 @@
-// The AVX2 target of single functions, and loads that widen to fp32. Included by every kernel with an AVX2 path.
+// The AVX2 and AVX-512 targets of single functions, and loads that widen to fp32. Included by every kernel with a vector path.
 //
-// A function marked KMQ_AVX2 may be called only where kmq::cpu::avx2() is true; helpers marked KMQ_AVX2_INLINE are inlined into
-// those. Lambdas do not inherit the target of the function around them, so kernels pass small structs instead.
+// A function marked KMQ_AVX2 may be called only where kmq::cpu::avx2() is true, one marked KMQ_AVX512 only where avx512() is;
+// helpers marked ..._INLINE are inlined into those. Lambdas do not inherit the target of the function around them, so kernels pass small structs instead.
 #pragma once
 #include "half.h"
 
@@ -11,6 +11,9 @@
 #define KMQ_X86 1
 #define KMQ_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define KMQ_AVX2_INLINE __attribute__((target("avx2,fma,f16c"), always_inline)) inline
+#define KMQ_AVX512_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"
+#define KMQ_AVX512 __attribute__((target(KMQ_AVX512_TARGET)))
+#define KMQ_AVX512_INLINE __attribute__((target(KMQ_AVX512_TARGET), always_inline)) inline
 
 namespace kmq::cpu {
 
