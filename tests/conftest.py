@@ -11,7 +11,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-import transformers
+
+# Without a device, Triton kernels run in Triton's interpreter, which must be chosen before triton is imported.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import transformers  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +47,18 @@ def run_python():
     return run
 
 
+@pytest.fixture(scope="session")
+def device():
+    """Where the launchers of Triton kernels take their tensors from: "cuda", or "cpu" under the interpreter."""
+    return DEVICE
+
+
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
+    if DEVICE == "cuda":  # the tests of Triton kernels then run on the device
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)
+    else:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
