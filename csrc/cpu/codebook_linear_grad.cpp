@@ -9,7 +9,7 @@ namespace kmq::cpu {
 namespace {
 
 constexpr int64_t kTileOut = 192, kTileIn = 256, kStep = 128;
-static_assert(kTileOut % kTileRows == 0 && kTileIn % kTileCols == 0 && kTileIn % kBlock == 0);
+static_assert(kTileIn % kBlock == 0);
 
 template <typename T>
 struct Problem {
@@ -18,25 +18,29 @@ struct Problem {
 };
 
 // tile [rows, kTileIn] = the weight gradient at (out, in) .. (out + rows, in + cols).
-template <typename T>
-void fill_tile(const Problem<T>& p, int64_t out, int64_t rows, int64_t in, int64_t cols, float* tile, std::vector<float>& panels) {
-  panels.resize(kStep * (kTileOut + kTileIn));
-  float *a = panels.data(), *b = a + kStep * kTileOut;
+template <typename Gemm, typename T>
+void multiply(const Problem<T>& p, int64_t out, int64_t rows, int64_t in, int64_t cols, float* tile, float* panels) {
+  constexpr int64_t R = Gemm::kRows, W = Gemm::kCols;
+  static_assert(kTileOut % R == 0 && kTileIn % W == 0);
+  float *a = panels, *b = a + kStep * kTileOut;
   for (int64_t m = 0; m < p.M; m += kStep) {
     const int64_t depth = std::min(kStep, p.M - m);
     const T *left = p.grad_output + m * p.OUT + out, *right = p.input + m * p.IN + in;
-    for (int64_t i = 0; i < rows; i += kTileRows)
-      pack_cols<kTileRows>(left + i, p.OUT, std::min<int64_t>(kTileRows, rows - i), depth, a + i * depth);
-    for (int64_t j = 0; j < cols; j += kTileCols)
-      pack_cols<kTileCols>(right + j, p.IN, std::min<int64_t>(kTileCols, cols - j), depth, b + j * depth);
-    for (int64_t j = 0; j < cols; j += kTileCols)
-      for (int64_t i = 0; i < rows; i += kTileRows)
-        gemm_tile(depth, a + i * depth, b + j * depth, tile + i * kTileIn + j, kTileIn, std::min<int64_t>(kTileRows, rows - i),
-                  std::min<int64_t>(kTileCols, cols - j), m > 0);
+    for (int64_t i = 0; i < rows; i += R) Gemm::template pack_cols<R>(left + i, p.OUT, std::min(R, rows - i), depth, a + i * depth);
+    for (int64_t j = 0; j < cols; j += W) Gemm::template pack_cols<W>(right + j, p.IN, std::min(W, cols - j), depth, b + j * depth);
+    for (int64_t j = 0; j < cols; j += W)
+      for (int64_t i = 0; i < rows; i += R)
+        Gemm::template tile<R, W, 1, R>(depth, a + i * depth, b + j * depth, tile + i * kTileIn + j, kTileIn, rows - i, cols - j, m > 0);
   }
 }
 
-void fill_tile(const Problem<double>& p, int64_t out, int64_t rows, int64_t in, int64_t cols, double* tile, std::vector<double>&) {
+template <typename T>
+void fill_tile(const Problem<T>& p, int64_t out, int64_t rows, int64_t in, int64_t cols, float* tile, Scratch& panels) {
+  if (!panels) panels = scratch(kStep * (kTileOut + kTileIn));
+  with_gemm([&](auto gemm) { multiply<decltype(gemm)>(p, out, rows, in, cols, tile, panels.get()); });
+}
+
+void fill_tile(const Problem<double>& p, int64_t out, int64_t rows, int64_t in, int64_t cols, double* tile, Scratch&) {
   std::fill(tile, tile + rows * kTileIn, 0.0);
   for (int64_t m = 0; m < p.M; ++m)
     for (int64_t i = 0; i < rows; ++i)
@@ -54,7 +58,8 @@ void run(const void* grad_output, const void* input, int64_t M, const Packed& pa
   const int64_t books = std::min(num_codebooks, (kTileOut - 1) / group_rows + 2);
   std::vector<double> partial(tasks * books * K, 0.0);
   parallel(tasks, 1, [&](int64_t begin_task, int64_t end_task) {
-    std::vector<Wide> tile(kTileOut * kTileIn), panels;
+    std::vector<Wide> tile(kTileOut * kTileIn);
+    Scratch panels;
     for (int64_t task = begin_task; task < end_task; ++task) {
       const int64_t first = task / across * kTileOut, last = std::min(first + kTileOut, packed.rows);
       const int64_t in = task % across * kTileIn, cols = std::min(kTileIn, packed.cols - in);

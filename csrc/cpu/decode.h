@@ -298,6 +298,133 @@ KMQ_AVX2 void decode_rows_avx2(const Packed& packed, const T* codebook, int64_t 
   }
 }
 
+// The planes of a block, one 32-bit lane of AVX-512 for each of the 16 lanes of the layout.
+template <int bits>
+struct Planes512 {
+  __m512i four, high, two, one;  // `high` is the second 4-bit plane of 8 bits
+
+  KMQ_AVX512_INLINE explicit Planes512(const uint8_t* block) {
+    if constexpr (bits >= 4) four = _mm512_loadu_si512(block);
+    if constexpr (bits == 8) high = _mm512_loadu_si512(block + 64);
+    const uint8_t* rest = block + (bits >= 4 ? 64 : 0);
+    if constexpr (bits == 2 || bits == 3 || bits == 6 || bits == 7)
+      two = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rest)));
+    if constexpr (bits % 2 == 1)
+      one = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rest + (bits == 3 || bits == 7 ? 32 : 0))));
+  }
+
+  // Bits from `from` on moved to bit `to`; neighbouring fields come along.
+  KMQ_AVX512_INLINE static __m512i move(__m512i x, int from, int to) {
+    return from > to ? _mm512_srli_epi32(x, from - to) : from < to ? _mm512_slli_epi32(x, to - from) : x;
+  }
+
+  // Bits of `low` where the mask is set, of `high` elsewhere.
+  KMQ_AVX512_INLINE static __m512i join(int mask, __m512i low, __m512i high) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(mask), low, high, 0xca);
+  }
+
+  // The indices of columns 16 * field .. 16 * field + 15, below bits that mean nothing.
+  KMQ_AVX512_INLINE __m512i index(int field) const {
+    if constexpr (bits == 1) return move(one, field, 0);
+    if constexpr (bits == 2) return move(two, 2 * field, 0);
+    if constexpr (bits == 3) return join(3, move(two, 2 * field, 0), move(one, field, 2));
+    if constexpr (bits == 4) return move(four, 4 * field, 0);
+    if constexpr (bits == 5) return join(15, move(four, 4 * field, 0), move(one, field, 4));
+    if constexpr (bits == 6) return join(15, move(four, 4 * field, 0), move(two, 2 * field, 4));
+    if constexpr (bits == 7) return join(15, move(four, 4 * field, 0), join(48, move(two, 2 * field, 4), move(one, field, 6)));
+    if constexpr (bits == 8) return join(15, move(four, 4 * field, 0), move(high, 4 * field, 4));
+  }
+};
+
+// As Decoder, with registers of 16 columns: vpermps looks up 16 entries, vpermt2ps 32, and masks choose between tables. Both
+// ignore the higher bits of an index, so that a field needs no mask; up to 3 bits the table is repeated for the same reason.
+template <int bits>
+struct Decoder512 {
+  static constexpr int kTables = bits <= 4 ? 1 : 1 << (bits - 4);
+  __m512 table[kTables];
+
+  KMQ_AVX512_INLINE void load(const float* codebook) {
+    if constexpr (bits < 4) {
+      const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      const __m512i entry = _mm512_and_si512(lanes, _mm512_set1_epi32((1 << bits) - 1));
+      table[0] = _mm512_permutexvar_ps(entry, _mm512_maskz_loadu_ps(first_lanes(1 << bits), codebook));
+    } else {
+#pragma GCC unroll 16
+      for (int t = 0; t < kTables; ++t) table[t] = _mm512_loadu_ps(codebook + 16 * t);
+    }
+  }
+
+  KMQ_AVX512_INLINE __m512 look_up(__m512i index) const {
+    if constexpr (bits <= 4) {
+      return _mm512_permutexvar_ps(index, table[0]);
+    } else {
+      __m512 found[kTables / 2];
+#pragma GCC unroll 8
+      for (int t = 0; t < kTables / 2; ++t) found[t] = _mm512_permutex2var_ps(table[2 * t], index, table[2 * t + 1]);
+#pragma GCC unroll 3
+      for (int bit = 5; bit < bits; ++bit) {
+        const __mmask16 upper = _mm512_movepi32_mask(_mm512_slli_epi32(index, 31 - bit));
+#pragma GCC unroll 4
+        for (int t = 0; t < kTables >> (bit - 3); ++t) found[t] = _mm512_mask_mov_ps(found[2 * t], upper, found[2 * t + 1]);
+      }
+      return found[0];
+    }
+  }
+
+  // out(column, chain, weights) for the 8 registers of a block.
+  template <typename Out>
+  KMQ_AVX512_INLINE void block(const uint8_t* block, Out& out) const {
+    const Planes512<bits> planes(block);
+#pragma GCC unroll 8
+    for (int field = 0; field < 8; ++field) out(16 * field, field, look_up(planes.index(field)));
+  }
+};
+
+// Stores the first `count` decoded columns of a block, as they are or the low half of each dword.
+struct Store512 {
+  void* to;
+  int64_t count;
+  int size;
+  KMQ_AVX512_INLINE void operator()(int column, int, __m512 x) const {
+    const __mmask16 mask = first_lanes(std::max<int64_t>(0, count - column));
+    if (size == 4) _mm512_mask_storeu_ps(static_cast<float*>(to) + column, mask, x);
+    else _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to) + column, mask, _mm512_cvtepi32_epi16(_mm512_castps_si512(x)));
+  }
+};
+
+template <int bits, typename T>
+KMQ_AVX512 void decode_rows_avx512(const Packed& packed, const T* codebook, int64_t group_rows, const Region& region, T* out) {
+  const int64_t row_bytes = packed.row_bytes();
+  const T* book = nullptr;
+  float entries[1 << bits];  // a codebook of 16-bit entries, each in the low half of a dword
+  Decoder512<bits> decoder;
+  for (int64_t i = 0; i < region.rows; ++i) {
+    const int64_t row = region.ids ? region.ids[region.begin + i] : region.begin + i;
+    const T* row_book = codebook + ((row / group_rows) << bits);
+    if (row_book != book) {
+      book = row_book;
+      if constexpr (sizeof(T) == 2) {
+        for (int k = 0; k < 1 << bits; ++k) entries[k] = float_of(book[k]);
+        decoder.load(entries);
+      } else {
+        decoder.load(book);
+      }
+    }
+    const uint8_t* block = packed.data + row * row_bytes + region.first_col / kBlock * (kLanes * bits);
+    T* to = out + i * region.ld;
+    int64_t col = 0;
+#pragma GCC unroll 1
+    for (; col + kBlock <= region.cols; col += kBlock, block += kLanes * bits) {
+      Store512 store{to + col, kBlock, sizeof(T)};
+      decoder.block(block, store);
+    }
+    if (col < region.cols) {
+      Store512 store{to + col, region.cols - col, sizeof(T)};
+      decoder.block(block, store);
+    }
+  }
+}
+
 #endif  // KMQ_X86
 
 // Weights of a region, exact. T is float, double, or uint16_t for the bits of bf16 and fp16.
@@ -305,6 +432,8 @@ template <typename T>
 void decode_rows(const Packed& packed, const T* codebook, int64_t group_rows, const Region& region, T* out) {
 #ifdef KMQ_X86
   if constexpr (sizeof(T) <= 4) {
+    if (avx512())
+      return with_small(packed.bits, [&](auto bits) { decode_rows_avx512<bits()>(packed, codebook, group_rows, region, out); });
     if (avx2())
       return with_small(packed.bits, [&](auto bits) { decode_rows_avx2<bits()>(packed, codebook, group_rows, region, out); });
   }

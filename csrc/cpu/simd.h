@@ -6,7 +6,11 @@
 #include "half.h"
 
 #if defined(__x86_64__)
+// GCC's own header warns of the values that its intrinsics leave undefined on purpose.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #define KMQ_X86 1
 #define KMQ_AVX2 __attribute__((target("avx2,fma,f16c")))
@@ -61,6 +65,59 @@ KMQ_AVX2_INLINE void transpose8(__m256 r[8]) {
   for (int i = 0; i < 4; ++i) {
     r[i] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
     r[i + 4] = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
+  }
+}
+
+KMQ_AVX512_INLINE __mmask16 first_lanes(int64_t count) { return count >= 16 ? __mmask16(0xffff) : __mmask16((1u << count) - 1); }
+
+// The lanes of `mask` from p, zeros elsewhere; nothing else is read.
+KMQ_AVX512_INLINE __m512 load16(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+
+KMQ_AVX512_INLINE __m512 load16(const bf16* p, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
+}
+
+KMQ_AVX512_INLINE __m512 load16(const f16* p, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p)); }
+
+KMQ_AVX512_INLINE void store16(float* p, __m512 x, __mmask16 mask) { _mm512_mask_storeu_ps(p, mask, x); }
+
+KMQ_AVX512_INLINE void store16(bf16* p, __m512 x, __mmask16 mask) {
+  const __m512i u = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+  const __m512i wide = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
+  _mm256_mask_storeu_epi16(p, mask, _mm512_cvtepi32_epi16(wide));
+}
+
+KMQ_AVX512_INLINE void store16(f16* p, __m512 x, __mmask16 mask) {
+  _mm256_mask_storeu_epi16(p, mask, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// r[i] lane j <-> r[j] lane i.
+KMQ_AVX512_INLINE void transpose16(__m512 r[16]) {
+  __m512 pair[16], quad[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pair[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    pair[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    quad[i] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    quad[i + 1] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0xee);
+    quad[i + 2] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    quad[i + 3] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+  }
+  // Lane l of quad[4 g + c] holds, of column 4 l + c, the rows 4 g .. 4 g + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even_low = _mm512_shuffle_f32x4(quad[c], quad[4 + c], 0x88), odd_low = _mm512_shuffle_f32x4(quad[c], quad[4 + c], 0xdd);
+    const __m512 even_high = _mm512_shuffle_f32x4(quad[8 + c], quad[12 + c], 0x88);
+    const __m512 odd_high = _mm512_shuffle_f32x4(quad[8 + c], quad[12 + c], 0xdd);
+    r[c] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    r[4 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    r[8 + c] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    r[12 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
   }
 }
 
