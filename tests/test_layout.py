@@ -18,10 +18,17 @@ ALLOWED = {
     "clustering": {"packing", "reference", "ops"},
     "modules": {"packing", "reference", "ops"},
     "quantize": {"clustering", "modules", "config", "ops", "packing"},
-    "hf": {"quantize", "modules", "config"},
+    "tensor_files": set(),
+    "ranks": set(),
+    "hf": {"quantize", "modules", "config", "tensor_files"},
+    "checkpoint_plan": {"quantize", "config", "ops", "tensor_files"},
+    "checkpoint": {"checkpoint_plan", "clustering", "config", "hf", "ops", "ranks", "tensor_files"},
     "tasks": set(),
     "pipeline": {"quantize", "modules", "config", "hf", "tasks"},
-    "cli": {"config", "hf", "modules", "ops", "pipeline", "quantize", "tasks"},
+    "cli": {
+        "checkpoint", "checkpoint_plan", "config", "hf", "modules", "ops", "pipeline", "quantize", "ranks", "tasks",
+        "tensor_files",
+    },
 }
 
 
