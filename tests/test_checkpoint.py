@@ -47,9 +47,8 @@ def sharded(tmp_path_factory):
     """An encoder of 20 MB in 5 files, and the options that quantize it into about a dozen."""
     folder = tmp_path_factory.mktemp("sharded")
     torch.manual_seed(4)
-    config = BertConfig(
-        vocab_size=2000, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=1024, max_position_embeddings=64
-    )
+    sizes = {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings": 64}
+    config = BertConfig(num_hidden_layers=6, num_attention_heads=4, **sizes)
     BertModel(config).save_pretrained(folder, max_shard_size="5MB")
     assert len(list(folder.glob("*.safetensors"))) > 3
     return folder, {"bits": 4, "shard_bytes": 250_000}
@@ -166,7 +165,8 @@ def test_tied_weights_that_are_stored_twice(same, tmp_path):
 def test_only_the_tied_head_is_stored(tmp_path):
     family_model("bert", "MaskedLM").save_pretrained(tmp_path / "dense")
     quantize(tmp_path / "dense", tmp_path / "one", bits=4)
-    rewrite(tmp_path / "dense", lambda t: t.update({"cls.predictions.decoder.weight": t.pop("bert.embeddings.word_embeddings.weight")}))
+    head, embedding = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
+    rewrite(tmp_path / "dense", lambda tensors: tensors.update({head: tensors.pop(embedding)}))
     quantize(tmp_path / "dense", tmp_path / "two", bits=4)
     assert_same_model(tmp_path / "one", tmp_path / "two")
 
