@@ -1,14 +1,18 @@
 // Sums of values by their packed index: the inner loop of every codebook gradient.
 //
-// Vector path, fp32 partial sums by the number of bits:
+// Vector paths, fp32 partial sums by the number of bits:
 //
-//   1, 2   one register per centroid; a value is added under the mask "index == k"
-//   3, 4   a table over PAIRS of indices: entry (i, j) holds the sums of the first and of the second values whose indices were
-//          i and j. Two values cost one load, add and store of 8 bytes.
+//   1, 2   (AVX-512: 1, 2, 3) one register per centroid; a value is added under the mask "index == k"
+//   3, 4   (AVX-512: 4) a table over PAIRS of indices: entry (i, j) holds the sums of the first and of the second values whose
+//          indices were i and j. Two values cost one load, add and store of 8 bytes. A byte of the 4-bit plane is such a pair,
+//          of columns 16 apart: it is the entry's number as it stands.
 //   5 .. 8 a table over single indices
 //
+// The tables run at about one store a cycle, so 16 masked additions of 16 values each, which AVX-512 does in 16 cycles with their
+// comparisons, are slower than 8 stores; 8 of them are faster.
 // Neighbouring values go to different copies of a table, so that an addition seldom waits for the store of the one before.
-// After kFlush values the fp32 sums are added to the fp64 sums, which bounds the rounding error whatever the size of a tensor.
+// After `flush` values the fp32 sums are added to the fp64 sums. An fp32 sum then is a chain of at most kChain additions, so its
+// rounding error is at most kChain * 2^-24 of the sum of magnitudes, whatever the size of a tensor.
 // fp64 values, and all values on the scalar path, are added to the fp64 sums directly.
 //
 // The order of additions depends on the sequence of add() calls alone, so each task owns one ClusterSums.
@@ -19,6 +23,8 @@
 #include "simd.h"
 
 namespace kmq::cpu {
+
+constexpr int64_t kChain = 1024;
 
 #ifdef KMQ_X86
 
@@ -57,122 +63,223 @@ KMQ_AVX2_INLINE void add_fields(const uint8_t* block, __m128i field[8]) {
   if constexpr (bits > width) add_fields<bits - width, shift + width>(block + kLanes * width, field);
 }
 
-template <int bits>
-KMQ_AVX2_INLINE void add_block_masked(const float* values, const __m128i field[8], __m256 sums[2][1 << bits]) {
+// Reads ahead of the streams of values and packed blocks, over the end of a page, where the processor's own prefetcher stops.
+template <typename T>
+KMQ_AVX2_INLINE void prefetch_block(const T* values, const uint8_t* blocks) {
+  constexpr size_t ahead = 4096, line = 64;
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(blocks) + ahead / 8), _MM_HINT_T0);
 #pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j)
+  for (size_t i = 0; i < kBlock * sizeof(T); i += line)
+    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(values) + ahead + i), _MM_HINT_T0);
+}
+
+// The fp32 sums of `bits` bits while they are not yet in the fp64 sums; a kernel for whole blocks, and flush().
+
+// One register a centroid, [2][K] of 8 floats: of the low and of the high 8 columns of a field.
+template <int bits>
+struct Masked8 {
+  static constexpr int K = 1 << bits, floats = 16 * K;
+  static constexpr int64_t flush_after = 2048;
+
+  template <typename T>
+  KMQ_AVX2 static void add(const T* values, const uint8_t* blocks, int64_t count, float* table) {
+    __m256 sums[2][K];
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * K; ++i) sums[i / K][i % K] = _mm256_load_ps(table + 8 * i);
+    for (; count > 0; --count, values += kBlock, blocks += kLanes * bits) {
+      prefetch_block(values, blocks);
+      __m128i field[8];
+      add_fields<bits, 0>(blocks, field);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j)
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const __m128i bytes = half ? _mm_unpackhi_epi64(field[j], field[j]) : field[j];
-      const __m256i index = _mm256_cvtepu8_epi32(bytes);
-      const __m256 x = _mm256_loadu_ps(values + 16 * j + 8 * half);
+        for (int half = 0; half < 2; ++half) {
+          const __m128i bytes = half ? _mm_unpackhi_epi64(field[j], field[j]) : field[j];
+          const __m256i index = _mm256_cvtepu8_epi32(bytes);
+          const __m256 x = load8(values + 16 * j + 8 * half);
 #pragma GCC unroll 4
-      for (int k = 0; k < 1 << bits; ++k) {
-        const __m256 member = _mm256_castsi256_ps(_mm256_cmpeq_epi32(index, _mm256_set1_epi32(k)));
-        sums[half][k] = _mm256_add_ps(sums[half][k], _mm256_and_ps(member, x));
-      }
+          for (int k = 0; k < K; ++k) {
+            const __m256 member = _mm256_castsi256_ps(_mm256_cmpeq_epi32(index, _mm256_set1_epi32(k)));
+            sums[half][k] = _mm256_add_ps(sums[half][k], _mm256_and_ps(member, x));
+          }
+        }
     }
-}
-
-// first[0:2] += x[0:2], second[0:2] += x[2:4], for entries of different copies of the table.
-KMQ_AVX2_INLINE void add_two(float* first, float* second, __m128 x) {
-  const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first)));
-  const __m128 sum = _mm_add_ps(_mm_loadh_pi(low, reinterpret_cast<const __m64*>(second)), x);
-  _mm_storel_pi(reinterpret_cast<__m64*>(first), sum);
-  _mm_storeh_pi(reinterpret_cast<__m64*>(second), sum);
-}
-
-template <int bits, typename T>
-KMQ_AVX2_INLINE void add_block_pairs(const T* values, const __m128i field[8], float* table) {
-  alignas(16) uint8_t pair[64];  // pair[16 * b + c]: indices of columns 32 * b + c and 32 * b + 16 + c
-#pragma GCC unroll 4
-  for (int b = 0; b < 4; ++b)
-    _mm_store_si128(reinterpret_cast<__m128i*>(pair) + b, _mm_or_si128(field[2 * b], _mm_slli_epi16(field[2 * b + 1], bits)));
-  float* other = table + (2 << (2 * bits));
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    const T* source = values + i / 2 * 32 + i % 2 * 8;
-    const uint8_t* at = pair + 8 * i;
-    const __m256 x = load8(source), y = load8(source + 16);
-    const __m256 low = _mm256_unpacklo_ps(x, y), high = _mm256_unpackhi_ps(x, y);  // lanes 0 1 4 5 and 2 3 6 7
-    add_two(table + 2 * at[0], other + 2 * at[1], _mm256_castps256_ps128(low));
-    add_two(table + 2 * at[2], other + 2 * at[3], _mm256_castps256_ps128(high));
-    add_two(table + 2 * at[4], other + 2 * at[5], _mm256_extractf128_ps(low, 1));
-    add_two(table + 2 * at[6], other + 2 * at[7], _mm256_extractf128_ps(high, 1));
+    for (int i = 0; i < 2 * K; ++i) _mm256_store_ps(table + 8 * i, sums[i / K][i % K]);
   }
-}
 
-template <int bits>
-KMQ_AVX2_INLINE void add_block_single(const float* values, const __m128i field[8], float* table) {
-  alignas(16) uint8_t index[kBlock];
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) _mm_store_si128(reinterpret_cast<__m128i*>(index) + j, field[j]);
-#pragma GCC unroll 8
-  for (int i = 0; i < kBlock; ++i) table[(i % 4 << bits) + index[i]] += values[i];
-}
-
-// table += values [cols] by the indices of `blocks`; a tail is padded with zeros, which have index 0.
-template <int bits, typename T>
-KMQ_AVX2 void add_values(const T* values, const uint8_t* blocks, int64_t cols, float* table) {
-  constexpr int masked = bits <= 2 ? 1 << bits : 1;
-  __m256 sums[2][masked];
-  if constexpr (bits <= 2)
-    for (int i = 0; i < 2 * masked; ++i) sums[i / masked][i % masked] = _mm256_load_ps(table + 8 * i);
-  for (int64_t col = 0; col < cols; col += kBlock, blocks += kLanes * bits) {
-    T padded[kBlock];
-    const T* source = values + col;
-    if (cols - col < kBlock) {
-      std::memset(static_cast<void*>(padded), 0, sizeof padded);
-      std::memcpy(static_cast<void*>(padded), static_cast<const void*>(source), (cols - col) * sizeof(T));
-      source = padded;
-    }
-    __m128i field[8];
-    add_fields<bits, 0>(blocks, field);
-    if constexpr (bits == 3 || bits == 4) {
-      add_block_pairs<bits>(source, field, table);
-    } else {
-      alignas(32) float widened[kBlock];
-      const float* x = widened;
-      if constexpr (sizeof(T) == 4) x = reinterpret_cast<const float*>(source);
-      else
-        for (int i = 0; i < kBlock; i += 8) _mm256_store_ps(widened + i, load8(source + i));
-      if constexpr (bits <= 2) add_block_masked<bits>(x, field, sums);
-      else add_block_single<bits>(x, field, table);
-    }
-  }
-  if constexpr (bits <= 2)
-    for (int i = 0; i < 2 * masked; ++i) _mm256_store_ps(table + 8 * i, sums[i / masked][i % masked]);
-}
-
-// total [K] += the sums in `table`, which is cleared.
-template <int bits>
-KMQ_AVX2 void flush_table(float* table, double* total) {
-  constexpr int K = 1 << bits;
-  if constexpr (bits <= 2) {
+  static void flush(float* table, double* total) {
     for (int i = 0; i < 2 * K; ++i)
       for (int lane = 0; lane < 8; ++lane) total[i % K] += table[8 * i + lane];
-    std::memset(table, 0, 16 * K * sizeof(float));
-  } else if constexpr (bits <= 4) {
-    float first[2 * K] = {};
-    for (int j = 0; j < K; ++j) {
-      float* row = table + 2 * K * j;
-      float second[8] = {};
-      for (int i = 0; i < 2 * K; i += 8)
-        for (int lane = 0; lane < 8; ++lane) {
-          const float sum = row[i + lane] + row[2 * K * K + i + lane];
-          first[i + lane] += sum;
-          second[lane] += sum;
+    std::memset(table, 0, floats * sizeof(float));
+  }
+};
+
+// One register a centroid, [chains][K] of 16 floats; neighbouring fields go to different chains, to cover the latency of an addition.
+template <int bits>
+struct Masked16 {
+  static constexpr int K = 1 << bits, chains = bits == 1 ? 4 : bits == 2 ? 2 : 1, floats = 16 * chains * K;
+  static constexpr int64_t flush_after = 2048;
+
+  template <typename T>
+  KMQ_AVX512 static void add(const T* values, const uint8_t* blocks, int64_t count, float* table) {
+    __m512 sums[chains][K];
+#pragma GCC unroll 8
+    for (int i = 0; i < chains * K; ++i) sums[i / K][i % K] = _mm512_load_ps(table + 16 * i);
+    for (; count > 0; --count, values += kBlock, blocks += kLanes * bits) {
+      prefetch_block(values, blocks);
+      __m512i two = _mm512_setzero_si512(), one = two;  // the planes, a lane each
+      if constexpr (bits >= 2) two = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks)));
+      if constexpr (bits != 2)
+        one = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(blocks + kLanes * (bits - 1))));
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        __m512* sum = sums[j % chains];
+        const __m512 x = load16(values + 16 * j, 0xffff);
+        __m512 high[2] = {x, x};
+        if constexpr (bits == 3) {
+          high[0] = _mm512_maskz_mov_ps(_mm512_testn_epi32_mask(one, _mm512_set1_epi32(1 << j)), x);
+          high[1] = _mm512_maskz_mov_ps(_mm512_test_epi32_mask(one, _mm512_set1_epi32(1 << j)), x);
         }
-      total[j] += (double(second[1]) + second[3]) + (double(second[5]) + second[7]);
+#pragma GCC unroll 4
+        for (int k = 0; k < (bits == 1 ? 2 : 4); ++k) {
+          __mmask16 member;
+          if constexpr (bits == 1) {
+            const __m512i bit = _mm512_set1_epi32(1 << j);
+            member = k ? _mm512_test_epi32_mask(one, bit) : _mm512_testn_epi32_mask(one, bit);
+          } else {
+            const __m512i low = _mm512_and_si512(two, _mm512_set1_epi32(3 << (2 * j)));
+            member = _mm512_cmpeq_epi32_mask(low, _mm512_set1_epi32(k << (2 * j)));
+          }
+#pragma GCC unroll 2
+          for (int h = 0; h < (bits == 3 ? 2 : 1); ++h)
+            sum[k + 4 * h] = _mm512_mask_add_ps(sum[k + 4 * h], member, sum[k + 4 * h], high[h]);
+        }
+      }
     }
-    for (int i = 0; i < K; ++i) total[i] += first[2 * i];
-    std::memset(table, 0, 4 * K * K * sizeof(float));
-  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < chains * K; ++i) _mm512_store_ps(table + 16 * i, sums[i / K][i % K]);
+  }
+
+  static void flush(float* table, double* total) {
+    for (int i = 0; i < chains * K; ++i)
+      for (int lane = 0; lane < 16; ++lane) total[i % K] += table[16 * i + lane];
+    std::memset(table, 0, floats * sizeof(float));
+  }
+};
+
+// A table over pairs of indices, [4 copies][K * j + i][2].
+template <int bits>
+struct Pairs {
+  static constexpr int K = 1 << bits, copy = 2 * K * K, floats = 4 * copy;
+  static constexpr int64_t flush_after = bits == 3 ? 1024 : 8 * kChain;
+
+  template <typename T>
+  KMQ_AVX2 static void add(const T* values, const uint8_t* blocks, int64_t count, float* table) {
+    for (; count > 0; --count, values += kBlock, blocks += kLanes * bits) {
+      prefetch_block(values, blocks);
+      // pair[b + 4 * c]: the indices of columns 32 * b + c and 32 * b + 16 + c
+      alignas(16) uint8_t pairs[64];
+      const uint8_t* pair = blocks;
+      if constexpr (bits != 4) {
+        __m128i field[8], word[4];
+        add_fields<bits, 0>(blocks, field);
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; ++b) word[b] = _mm_or_si128(field[2 * b], _mm_slli_epi16(field[2 * b + 1], bits));
+        const __m128i a = _mm_unpacklo_epi8(word[0], word[1]), c = _mm_unpackhi_epi8(word[0], word[1]);
+        const __m128i d = _mm_unpacklo_epi8(word[2], word[3]), e = _mm_unpackhi_epi8(word[2], word[3]);
+        __m128i* to = reinterpret_cast<__m128i*>(pairs);
+        _mm_store_si128(to, _mm_unpacklo_epi16(a, d));
+        _mm_store_si128(to + 1, _mm_unpackhi_epi16(a, d));
+        _mm_store_si128(to + 2, _mm_unpacklo_epi16(c, e));
+        _mm_store_si128(to + 3, _mm_unpackhi_epi16(c, e));
+        pair = pairs;
+      }
+#pragma GCC unroll 4
+      for (int b = 0; b < 4; ++b)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const T* source = values + 32 * b + 8 * half;
+          const uint8_t* at = pair + 32 * half + b;
+          const __m256 x = load8(source), y = load8(source + 16);
+          const __m256 low = _mm256_unpacklo_ps(x, y), high = _mm256_unpackhi_ps(x, y);  // columns 0 1 4 5 and 2 3 6 7
+          add_two(table, at[0], at[4], _mm256_castps256_ps128(low));
+          add_two(table + 2 * copy, at[8], at[12], _mm256_castps256_ps128(high));
+          add_two(table, at[16], at[20], _mm256_extractf128_ps(low, 1));
+          add_two(table + 2 * copy, at[24], at[28], _mm256_extractf128_ps(high, 1));
+        }
+    }
+  }
+
+  // Entry `first` of the copy at `table` += x[0:2], entry `second` of the next copy += x[2:4].
+  KMQ_AVX2_INLINE static void add_two(float* table, size_t first, size_t second, __m128 x) {
+    float *to = table + 2 * first, *next = table + copy + 2 * second;
+    const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(to)));
+    const __m128 sum = _mm_add_ps(_mm_loadh_pi(low, reinterpret_cast<const __m64*>(next)), x);
+    _mm_storel_pi(reinterpret_cast<__m64*>(to), sum);
+    _mm_storeh_pi(reinterpret_cast<__m64*>(next), sum);
+  }
+
+  KMQ_AVX2 static void flush(float* table, double* total) {
+    constexpr int registers = 2 * K / 8;  // of a row: entries (0, j) .. (K - 1, j)
+    __m256 first[registers];
+#pragma GCC unroll 4
+    for (int i = 0; i < registers; ++i) first[i] = _mm256_setzero_ps();
+    for (int j = 0; j < K; ++j) {
+      __m256 second = _mm256_setzero_ps();
+#pragma GCC unroll 4
+      for (int i = 0; i < registers; ++i) {
+        float* at = table + 2 * K * j + 8 * i;
+        const __m256 sum = _mm256_add_ps(_mm256_add_ps(_mm256_load_ps(at), _mm256_load_ps(at + copy)),
+                                         _mm256_add_ps(_mm256_load_ps(at + 2 * copy), _mm256_load_ps(at + 3 * copy)));
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) _mm256_store_ps(at + c * copy, _mm256_setzero_ps());
+        first[i] = _mm256_add_ps(first[i], sum);
+        second = _mm256_add_ps(second, sum);
+      }
+      float lanes[8];
+      _mm256_storeu_ps(lanes, second);
+      total[j] += (double(lanes[1]) + lanes[3]) + (double(lanes[5]) + lanes[7]);
+    }
+    for (int i = 0; i < registers; ++i) {
+      float lanes[8];
+      _mm256_storeu_ps(lanes, first[i]);
+      for (int k = 0; k < 4; ++k) total[4 * i + k] += lanes[2 * k];
+    }
+  }
+};
+
+// A table over single indices, [4 copies][K].
+template <int bits>
+struct Singles {
+  static constexpr int K = 1 << bits, floats = 4 * K;
+  static constexpr int64_t flush_after = 2048;
+
+  template <typename T>
+  KMQ_AVX2 static void add(const T* values, const uint8_t* blocks, int64_t count, float* table) {
+    for (; count > 0; --count, values += kBlock, blocks += kLanes * bits) {
+      prefetch_block(values, blocks);
+      __m128i field[8];
+      add_fields<bits, 0>(blocks, field);
+      alignas(16) uint8_t index[kBlock];
+      alignas(32) float widened[kBlock];
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) _mm_store_si128(reinterpret_cast<__m128i*>(index) + j, field[j]);
+      const float* x = widened;
+      if constexpr (sizeof(T) == 4) x = reinterpret_cast<const float*>(values);
+      else
+        for (int i = 0; i < kBlock; i += 8) _mm256_store_ps(widened + i, load8(values + i));
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlock; ++i) table[(i % 4 << bits) + index[i]] += x[i];
+    }
+  }
+
+  static void flush(float* table, double* total) {
     for (int k = 0; k < K; ++k)
       total[k] += (double(table[k]) + table[K + k]) + (double(table[2 * K + k]) + table[3 * K + k]);
-    std::memset(table, 0, 4 * K * sizeof(float));
+    std::memset(table, 0, floats * sizeof(float));
   }
-}
+};
 
 #endif  // KMQ_X86
 
@@ -181,30 +288,17 @@ class ClusterSums {
  public:
   ClusterSums(int bits, double* total) : bits_(bits), total_(total) {
 #ifdef KMQ_X86
-    std::memset(table_, 0, table_floats() * sizeof(float));
+    if (avx2()) with_sums([&](auto sums) { std::fill_n(table_, sums.floats, 0.0f); });
 #endif
   }
 
-  // total[k] += values [cols] whose index is k; `blocks` is a packed row, or a part of one that starts with a block.
+  // total[k] += values [cols] whose index is k; `blocks` is a packed row, or a part of one that starts with a block. Rows of whole
+  // blocks that follow each other are one row.
   template <typename T>
   void add(const T* values, const uint8_t* blocks, int64_t cols) {
 #ifdef KMQ_X86
     if constexpr (sizeof(T) < 8) {
-      if (avx2()) {
-        switch (bits_) {
-          case 1: add_values<1>(values, blocks, cols, table_); break;
-          case 2: add_values<2>(values, blocks, cols, table_); break;
-          case 3: add_values<3>(values, blocks, cols, table_); break;
-          case 4: add_values<4>(values, blocks, cols, table_); break;
-          case 5: add_values<5>(values, blocks, cols, table_); break;
-          case 6: add_values<6>(values, blocks, cols, table_); break;
-          case 7: add_values<7>(values, blocks, cols, table_); break;
-          default: add_values<8>(values, blocks, cols, table_);
-        }
-        held_ += cols;
-        if (held_ >= kFlush) finish();
-        return;
-      }
+      if (avx2()) return with_sums([&](auto sums) { add_blocks(sums, values, blocks, cols); });
     }
 #endif
     uint8_t index[kBlock];
@@ -220,18 +314,7 @@ class ClusterSums {
 
   void finish() {
 #ifdef KMQ_X86
-    if (held_ == 0) return;
-    held_ = 0;
-    switch (bits_) {
-      case 1: flush_table<1>(table_, total_); break;
-      case 2: flush_table<2>(table_, total_); break;
-      case 3: flush_table<3>(table_, total_); break;
-      case 4: flush_table<4>(table_, total_); break;
-      case 5: flush_table<5>(table_, total_); break;
-      case 6: flush_table<6>(table_, total_); break;
-      case 7: flush_table<7>(table_, total_); break;
-      default: flush_table<8>(table_, total_);
-    }
+    if (held_ > 0) with_sums([&](auto sums) { flush(sums); });
 #endif
   }
 
@@ -239,10 +322,59 @@ class ClusterSums {
   int bits_;
   double* total_;
 #ifdef KMQ_X86
-  static constexpr int64_t kFlush = 8192;
-  int64_t table_floats() const { return bits_ <= 2 ? 16 << bits_ : bits_ <= 4 ? 4 << (2 * bits_) : 4 << bits_; }
-  int64_t held_ = 0;
-  alignas(32) float table_[1024];
+  // Calls f with an object of the type that does the sums here.
+  template <typename F>
+  void with_sums(const F& f) {
+    if (avx512()) {
+      switch (bits_) {
+        case 1: return f(Masked16<1>{});
+        case 2: return f(Masked16<2>{});
+        case 3: return f(Masked16<3>{});
+        default: break;
+      }
+    }
+    switch (bits_) {
+      case 1: return f(Masked8<1>{});
+      case 2: return f(Masked8<2>{});
+      case 3: return f(Pairs<3>{});
+      case 4: return f(Pairs<4>{});
+      case 5: return f(Singles<5>{});
+      case 6: return f(Singles<6>{});
+      case 7: return f(Singles<7>{});
+      default: return f(Singles<8>{});
+    }
+  }
+
+  template <typename Sums, typename T>
+  void add_blocks(Sums sums, const T* values, const uint8_t* blocks, int64_t cols) {
+    for (int64_t left = cols / kBlock; left > 0;) {
+      const int64_t count = std::min(left, (sums.flush_after - held_) / kBlock);
+      sums.add(values, blocks, count, table_);
+      values += count * kBlock, blocks += count * kLanes * bits_, left -= count;
+      hold(sums, count);
+    }
+    if (cols % kBlock == 0) return;
+    T padded[kBlock];  // zeros have index 0
+    std::memset(static_cast<void*>(padded), 0, sizeof padded);
+    std::memcpy(static_cast<void*>(padded), static_cast<const void*>(values), cols % kBlock * sizeof(T));
+    sums.add(padded, blocks, 1, table_);
+    hold(sums, 1);
+  }
+
+  template <typename Sums>
+  void hold(Sums sums, int64_t blocks) {
+    held_ += blocks * kBlock;
+    if (held_ == sums.flush_after) flush(sums);
+  }
+
+  template <typename Sums>
+  void flush(Sums sums) {
+    sums.flush(table_, total_);
+    held_ = 0;
+  }
+
+  int64_t held_ = 0;  // values in the table: whole blocks, fewer than flush_after
+  alignas(64) float table_[2048];
 #endif
 };
 

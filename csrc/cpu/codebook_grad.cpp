@@ -16,8 +16,11 @@ void run(const T* grad, const Packed& packed, int64_t num_codebooks, int64_t gro
   parallel(pieces.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       ClusterSums sums(packed.bits, partial.data() + task * K);
-      for (int64_t row = pieces.begin(task); row < pieces.end(task); ++row)
-        sums.add(grad + row * packed.cols, packed.data + row * packed.row_bytes(), packed.cols);
+      const int64_t first = pieces.begin(task), last = pieces.end(task);
+      // Rows of whole blocks follow each other without a gap.
+      const int64_t step = packed.cols % kBlock == 0 ? std::max<int64_t>(last - first, 1) : 1;
+      for (int64_t row = first; row < last; row += step)
+        sums.add(grad + row * packed.cols, packed.data + row * packed.row_bytes(), step * packed.cols);
       sums.finish();
     }
   });

@@ -8,6 +8,7 @@
 #if defined(__x86_64__)
 // GCC's own header warns of the values that its intrinsics leave undefined on purpose.
 #pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
