@@ -181,6 +181,7 @@ class _ShardFile:
         # A name of its own: a rank of a job that is thought dead may still write.
         self._path = out / STATE / f"{shard.name}.{secrets.token_hex(4)}.partial"
         start, self._at = header_bytes(shard.tensors)
+        self._missing = {name for name, *_ in shard.tensors}
         with _output_errors(self._path):
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             if hasattr(os, "posix_fallocate"):
@@ -198,9 +199,12 @@ class _ShardFile:
         """One tensor of the shard."""
         if tensor.numel():
             self._write(tensor.contiguous().view(-1).view(torch.uint8).numpy(), self._at[name])
+        self._missing.remove(name)
 
     def finish(self) -> None:
-        """Notes size and checksum, then gives the shard its name."""
+        """Notes size and checksum, then gives the shard its name, unless a tensor could not be written."""
+        if self._missing:
+            return
         with _output_errors(self._path):
             os.fsync(self._file)
             os.close(self._file)
@@ -570,6 +574,7 @@ def _publish(plan: StreamPlan, out: Path, wanted: dict[str, Any]) -> None:
             write_file(target, content, state)
             files[str(path)] = _sha256(target)
         manifest = {"format": 1, "request": wanted, "files": dict(sorted(files.items()))}
+        manifest["sha256"] = _own_digest(manifest)
         write_file(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode(), state)
         shutil.rmtree(state)
         _sync_folder(out)
@@ -644,7 +649,13 @@ def _manifest(out: Path) -> dict[str, Any]:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(_is_record(name, record) for name, record in files.items()):
         raise DamagedError(f"{out / MANIFEST}: not a manifest of this package")
+    if manifest.pop("sha256", None) != _own_digest(manifest):
+        raise DamagedError(f"{out / MANIFEST}: it does not match its own checksum")
     return manifest
+
+
+def _own_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _is_record(name: str, record: Any) -> bool:
