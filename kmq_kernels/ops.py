@@ -415,7 +415,8 @@ def codebook_linear(
 
     input: (..., IN) floating point; packed: (OUT, row_bytes) uint8; codebook: (G, K) floating point, K = 2**bits;
     bias: (OUT,) or None; group_rows: rows that share a codebook, default ceil(OUT / G).
-    Returns (..., OUT) in the dtype of input, accumulated in fp32 (fp64 for fp64 input).
+    Returns (..., OUT) in the dtype of input, accumulated in fp32 (fp64 for fp64 input). On CUDA a codebook wider than the input
+    is rounded to the input's dtype first, as torch.autocast rounds a weight, and fp32 follows torch's setting for TF32.
     Raises TypeError or ValueError where these do not fit.
     """
     group_rows = _group_rows(packed, codebook.shape[0], group_rows)
@@ -487,7 +488,8 @@ def codebook_embedding(
     ids: any shape, int64 or int32, each in [0, rows); packed: (rows, row_bytes) uint8; codebook: (G, K) floating point;
     cols: columns of the weight; group_rows: rows that share a codebook, default ceil(rows / G); padding_idx: the row that
     takes no part in the gradient. Returns (*ids.shape, cols) in the codebook's dtype.
-    Raises IndexError for an id out of range, TypeError or ValueError where the rest does not fit.
+    Raises IndexError for an id out of range (on CUDA an assertion stops the kernel, as for torch.nn.functional.embedding, and the
+    error comes with the next synchronization), TypeError or ValueError where the rest does not fit.
     """
     group_rows = _group_rows(packed, codebook.shape[0], group_rows)
     _check_codebook_embedding(ids, packed, codebook, cols, group_rows)
@@ -507,7 +509,14 @@ def _load_extension() -> Any:
 _extension = _load_extension()
 
 # Ops with a Triton launcher of the same name and signature: op -> file in triton_kernels/.
-_TRITON: dict[str, str] = {}
+_TRITON: dict[str, str] = {
+    "codebook_linear": "codebook_linear",
+    "codebook_linear_input_grad": "codebook_linear",
+    "codebook_embedding": "codebook_embedding",
+    "dequantize": "dequantize",
+    "pack": "pack",
+    "unpack": "pack",
+}
 
 
 def _register_triton(op: str, file: str) -> None:

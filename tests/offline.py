@@ -22,7 +22,8 @@ class Kernel:
     """What to compile.
 
     kernel: "module:function". signature: type of each argument that is not a constexpr, in the order of the parameters ("*fp32",
-    "i64", ...). constexprs: values of the others. aligned: arguments that are multiples of 16, as pointers of torch are.
+    "i64", ...). constexprs: values of the others; a dtype is "tl.float16". aligned: arguments that are multiples of 16, as
+    pointers of torch are.
     """
 
     kernel: str
@@ -32,6 +33,7 @@ class Kernel:
     num_warps: int = 4
     num_stages: int = 3
     maxnreg: int | None = None
+    debug: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def _compile(kernel: dict[str, Any], architecture: int) -> dict[str, Any]:
     import importlib
 
     import triton
+    import triton.language as tl
     from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -88,8 +91,12 @@ def _compile(kernel: dict[str, Any], architecture: int) -> dict[str, Any]:
     names = function.arg_names
     signature = {arg: "constexpr" if arg in kernel["constexprs"] else kernel["signature"][arg] for arg in names}
     attributes = {(names.index(arg),): [["tt.divisibility", 16]] for arg in kernel["aligned"]}
-    source = ASTSource(function, signature, kernel["constexprs"], attributes)
-    options = {key: kernel[key] for key in ("num_warps", "num_stages", "maxnreg") if kernel[key] is not None}
+    constexprs = {
+        arg: getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
+        for arg, value in kernel["constexprs"].items()
+    }
+    source = ASTSource(function, signature, constexprs, attributes)
+    options = {key: kernel[key] for key in ("num_warps", "num_stages", "maxnreg", "debug") if kernel[key] is not None}
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     tools = Path(nvidia.__file__).parent / "bin"
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ Three regimes, chosen by M from `PLANS`:
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packing import BLOCK
-from .decode import half_block, has_recipe, load_planes, table
-from .dequantize import aligned, decode_rows, on_device
+from .decode import half_block, has_lookup, load_planes, load_table
+from .dequantize import aligned, decode_rows, interpreted_bf16, kernel_dtype, on_device
 
 HALF = tl.constexpr(64)  # columns of half a block: what one tl.dot takes
 
@@ -63,13 +64,13 @@ def _store(acc, out, bias, n, m, OUT, M, piece, HAS_BIAS: tl.constexpr, PARTIAL:
 
 @triton.jit
 def linear_kernel(
-    input, packed, codebook, bias, out, M, OUT, IN, blocks_per_piece, group_rows,
+    input, packed, codebook, bias, out, M, OUT, IN, stride, blocks_per_piece, group_rows,
     BITS: tl.constexpr, SHARED: tl.constexpr, HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr, TAIL: tl.constexpr,
-    WEIGHT_ROWS: tl.constexpr, INPUT_ROWS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
+    WEIGHT_ROWS: tl.constexpr, INPUT_ROWS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, LOOKUP: tl.constexpr,
 ):  # fmt: skip
     """out (M, OUT) = input (M, IN) @ weight.T + bias, or piece p of it in fp32 to out (pieces, M, OUT).
 
-    SHARED: one codebook for all rows. TAIL: IN is no multiple of 128. DTYPE: of the operands of the tensor core.
+    stride: of the rows of input. SHARED: one codebook for all rows. TAIL: IN is no multiple of 128. DTYPE: of both operands.
     """
     n = tl.program_id(0) * WEIGHT_ROWS + tl.arange(0, WEIGHT_ROWS)
     m = tl.program_id(1) * INPUT_ROWS + tl.arange(0, INPUT_ROWS)
@@ -79,10 +80,10 @@ def linear_kernel(
     blocks = tl.cdiv(IN, 128)
     K: tl.constexpr = 2**BITS
     book = codebook if SHARED else codebook + (row // group_rows * K)[:, None]
-    values = table(book, BITS, DTYPE, PTX)
+    table = load_table(book, BITS, DTYPE, LOOKUP)
     k = tl.arange(0, HALF)
     block_ptr = packed + row[:, None] * (blocks * (16 * BITS))
-    input_ptr = input + tl.minimum(m, M - 1).to(tl.int64)[None, :] * IN + k[:, None]
+    input_ptr = input + tl.minimum(m, M - 1).to(tl.int64)[None, :] * stride + k[:, None]
     first = piece * blocks_per_piece
     last = tl.minimum(first + blocks_per_piece, blocks).to(tl.int32)
     first = first.to(tl.int32)
@@ -91,17 +92,17 @@ def linear_kernel(
         whole = tl.minimum(last, blocks - 1)
     acc = tl.zeros((WEIGHT_ROWS, INPUT_ROWS), tl.float32)
     for block in range(first, whole):
-        planes = load_planes(block_ptr + block * (16 * BITS), BITS)
+        planes = load_planes(block_ptr + block * (16 * BITS), BITS, LOOKUP)
         for half in tl.static_range(2):
-            weight = half_block(planes, values, 4 * half, BITS, DTYPE, PTX)
+            weight = half_block(planes, table, half, BITS, DTYPE, LOOKUP)
             x = tl.load(input_ptr + (block * 128 + half * HALF)).to(DTYPE)
             acc = tl.dot(weight, x, acc, input_precision=PRECISION)
     if TAIL:  # columns past the end are index 0 in the packed weight: whatever value that is, it must not count
         for block in range(whole, last):
-            planes = load_planes(block_ptr + block * (16 * BITS), BITS)
+            planes = load_planes(block_ptr + block * (16 * BITS), BITS, LOOKUP)
             for half in tl.static_range(2):
                 start = block * 128 + half * HALF
-                weight = half_block(planes, values, 4 * half, BITS, DTYPE, PTX)
+                weight = half_block(planes, table, half, BITS, DTYPE, LOOKUP)
                 weight = tl.where((start + k < IN)[None, :], weight, 0.0)
                 x = tl.load(input_ptr + start, mask=(start + k < IN)[:, None], other=0.0).to(DTYPE)
                 acc = tl.dot(weight, x, acc, input_precision=PRECISION)
@@ -112,7 +113,7 @@ def linear_kernel(
 def input_grad_kernel(
     grad, packed, codebook, out, M, OUT, IN, rows_per_piece, group_rows,
     BITS: tl.constexpr, SHARED: tl.constexpr, PARTIAL: tl.constexpr,
-    WEIGHT_ROWS: tl.constexpr, INPUT_ROWS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, PTX: tl.constexpr,
+    WEIGHT_ROWS: tl.constexpr, INPUT_ROWS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, LOOKUP: tl.constexpr,
 ):  # fmt: skip
     """out (M, IN) = grad (M, OUT) @ weight, a block of columns in each program, or piece p of it to out (pieces, M, IN)."""
     block = tl.program_id(0)
@@ -127,18 +128,18 @@ def input_grad_kernel(
     low = tl.zeros((INPUT_ROWS, HALF), tl.float32)
     high = tl.zeros((INPUT_ROWS, HALF), tl.float32)
     if SHARED:
-        values = table(codebook, BITS, DTYPE, PTX)
+        table = load_table(codebook, BITS, DTYPE, LOOKUP)
     for start in range(first, last, WEIGHT_ROWS):
         n = start + tl.arange(0, WEIGHT_ROWS)
         row = tl.minimum(n, OUT - 1).to(tl.int64)
         if not SHARED:
-            values = table(codebook + (row // group_rows * K)[:, None], BITS, DTYPE, PTX)
-        planes = load_planes(block_ptr + row[:, None] * (blocks * (16 * BITS)), BITS)
+            table = load_table(codebook + (row // group_rows * K)[:, None], BITS, DTYPE, LOOKUP)
+        planes = load_planes(block_ptr + row[:, None] * (blocks * (16 * BITS)), BITS, LOOKUP)
         # Rows past the end repeat the last one: neither operand may count there, for 0 * Inf is NaN.
         g = tl.load(grad_ptr + n[None, :], mask=(n < last)[None, :], other=0.0).to(DTYPE)
-        weight = tl.where((n < last)[:, None], half_block(planes, values, 0, BITS, DTYPE, PTX), 0.0)
+        weight = tl.where((n < last)[:, None], half_block(planes, table, 0, BITS, DTYPE, LOOKUP), 0.0)
         low = tl.dot(g, weight, low, input_precision=PRECISION)
-        weight = tl.where((n < last)[:, None], half_block(planes, values, 4, BITS, DTYPE, PTX), 0.0)
+        weight = tl.where((n < last)[:, None], half_block(planes, table, 1, BITS, DTYPE, LOOKUP), 0.0)
         high = tl.dot(g, weight, high, input_precision=PRECISION)
     at = m.to(tl.int64)[:, None] * IN + block * 128 + tl.arange(0, HALF)[None, :]
     if PARTIAL:
@@ -164,13 +165,16 @@ def sum_pieces_kernel(partial, bias, out, numel, OUT, pieces, HAS_BIAS: tl.const
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def _plan(M: int, dtype: torch.dtype, device: torch.device) -> Tile | None:
-    """The tile of the fused kernel for M rows of input; None where decoding first is better."""
+def plan_for(M: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile | None:
+    """The tile of the fused kernel for M rows of input on this compute capability; None where decoding first is better."""
     tiles = PLAN_FP32
     if dtype != torch.float32 or _tf32():
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else min(PLANS)
-        tiles = PLANS[max((plan for plan in PLANS if plan <= capability), default=min(PLANS))]
+        tiles = PLANS[max((known for known in PLANS if known <= capability), default=min(PLANS))]
     return next((tile for limit, tile in tiles.items() if limit >= M), None)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else min(PLANS)
 
 
 def _tf32() -> bool:
@@ -184,13 +188,6 @@ def _pieces(tile: Tile, tiles: int, steps: int, device: torch.device) -> tuple[i
     wanted = min(max(tile.splits * processors // max(tiles, 1), 1), max(steps, 1))
     each = max(triton.cdiv(steps, wanted), 1)
     return max(triton.cdiv(steps, each), 1), each
-
-
-def _operand(dtype: torch.dtype, device: torch.device) -> tl.dtype:
-    """The dtype of the operands of tl.dot: that of the input, but for the interpreter, which computes bf16 wrongly."""
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        return tl.float32
-    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 @contextlib.contextmanager
@@ -208,24 +205,26 @@ def _sum_pieces(partial: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def fused_linear(
-    x: Tensor, packed: Tensor, codebook: Tensor, bias: Tensor | None, group_rows: int, tile: Tile, ptx: bool | None = None
+    x: Tensor, packed: Tensor, codebook: Tensor, bias: Tensor | None, group_rows: int, tile: Tile, lookup: bool | None = None
 ) -> Tensor:
-    """x (M, IN) contiguous -> (M, OUT) by the fused kernel with this tile; ptx: the decoder, by default the faster one."""
+    """x (M, IN) contiguous -> (M, OUT) by the fused kernel with this tile; lookup: the decoder, by default the faster one."""
     M, IN = x.shape
     OUT, blocks = packed.shape[0], triton.cdiv(IN, BLOCK)
     bits = codebook.shape[1].bit_length() - 1
     grid = triton.cdiv(OUT, tile.weight_rows), triton.cdiv(M, tile.input_rows)
     pieces, blocks_per_piece = _pieces(tile, grid[0] * grid[1], blocks, x.device)
-    dtype = _operand(x.dtype, x.device)
-    if ptx is None:
-        ptx = x.is_cuda and has_recipe(bits, dtype)
+    dtype = kernel_dtype(x.dtype)
+    if lookup is None:
+        lookup = has_lookup(bits, dtype)
+    if IN % 16:  # rows that do not begin at multiples of 16 bytes would be loaded one element at a time
+        x = F.pad(x, (0, -IN % 16))
     out = x.new_empty(M, OUT)
     to = out if pieces == 1 else torch.empty(pieces, M, OUT, device=x.device, dtype=torch.float32)
     linear_kernel[(*grid, pieces)](
-        x, packed, codebook, bias, to, M, OUT, IN, blocks_per_piece, group_rows,
+        x, packed, codebook, bias, to, M, OUT, IN, x.shape[1], blocks_per_piece, group_rows,
         BITS=bits, SHARED=codebook.shape[0] == 1, HAS_BIAS=bias is not None, PARTIAL=pieces > 1, TAIL=IN % BLOCK != 0,
-        WEIGHT_ROWS=tile.weight_rows, INPUT_ROWS=tile.input_rows, DTYPE=dtype, PRECISION="tf32" if _tf32() else "ieee", PTX=ptx,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        WEIGHT_ROWS=tile.weight_rows, INPUT_ROWS=tile.input_rows, DTYPE=dtype, PRECISION="tf32" if _tf32() else "ieee",
+        LOOKUP=lookup, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if pieces > 1:
         _sum_pieces(to, bias, out)
@@ -237,38 +236,40 @@ def codebook_linear(input: Tensor, packed: Tensor, codebook: Tensor, bias: Tenso
 
     A codebook wider than the input is rounded to the input's dtype, as torch.autocast rounds a weight. Sums are in fp32.
     """
-    IN, OUT = input.shape[-1], packed.shape[0]
-    x = input.reshape(-1, IN).contiguous()
-    shape = (*input.shape[:-1], OUT)
-    if x.shape[0] == 0 or OUT == 0:
-        return input.new_empty(shape)
+    *batch, IN = input.shape
+    M, OUT = math.prod(batch), packed.shape[0]
+    if M == 0 or OUT == 0:
+        return input.new_empty(*batch, OUT)
+    if interpreted_bf16(input):
+        return codebook_linear(input.float(), packed, codebook, bias, group_rows).to(input.dtype)
+    x = input.reshape(M, IN).contiguous()
     packed, codebook = aligned(packed), codebook.contiguous()
     bias = None if bias is None else bias.contiguous()
     with _launching(x):
-        tile = _plan(x.shape[0], x.dtype, x.device)
+        tile = plan_for(M, x.dtype, _capability(x.device))
         if tile is not None:
-            return fused_linear(x, packed, codebook, bias, group_rows, tile).view(shape)
+            return fused_linear(x, packed, codebook, bias, group_rows, tile).view(*batch, OUT)
         weight = decode_rows(None, packed, codebook, IN, group_rows, x.dtype)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).view(shape)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).view(*batch, OUT)
 
 
 def fused_input_grad(
-    grad: Tensor, packed: Tensor, codebook: Tensor, cols: int, group_rows: int, tile: Tile, ptx: bool | None = None
+    grad: Tensor, packed: Tensor, codebook: Tensor, cols: int, group_rows: int, tile: Tile, lookup: bool | None = None
 ) -> Tensor:
     """grad (M, OUT) contiguous -> (M, cols) by the fused kernel with this tile."""
     M, OUT = grad.shape
     bits = codebook.shape[1].bit_length() - 1
     grid = triton.cdiv(cols, BLOCK), triton.cdiv(M, tile.input_rows)
     pieces, steps = _pieces(tile, grid[0] * grid[1], triton.cdiv(OUT, tile.weight_rows), grad.device)
-    dtype = _operand(grad.dtype, grad.device)
-    if ptx is None:
-        ptx = grad.is_cuda and has_recipe(bits, dtype)
+    dtype = kernel_dtype(grad.dtype)
+    if lookup is None:
+        lookup = has_lookup(bits, dtype)
     out = grad.new_empty(M, cols)
     to = out if pieces == 1 else torch.empty(pieces, M, cols, device=grad.device, dtype=torch.float32)
     input_grad_kernel[(*grid, pieces)](
         grad, packed, codebook, to, M, OUT, cols, steps * tile.weight_rows, group_rows,
         BITS=bits, SHARED=codebook.shape[0] == 1, PARTIAL=pieces > 1, WEIGHT_ROWS=tile.weight_rows, INPUT_ROWS=tile.input_rows,
-        DTYPE=dtype, PRECISION="tf32" if _tf32() else "ieee", PTX=ptx, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        DTYPE=dtype, PRECISION="tf32" if _tf32() else "ieee", LOOKUP=lookup, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if pieces > 1:
         _sum_pieces(to, None, out)
@@ -277,14 +278,16 @@ def fused_input_grad(
 
 def codebook_linear_input_grad(grad_output: Tensor, packed: Tensor, codebook: Tensor, cols: int, group_rows: int) -> Tensor:
     """grad_output (..., OUT) @ weight -> (..., IN). Training has a large M: only a small one is worth the fused kernel."""
-    OUT = packed.shape[0]
-    grad = grad_output.reshape(-1, OUT).contiguous()
-    shape = (*grad_output.shape[:-1], cols)
-    if grad.shape[0] == 0 or cols == 0:
-        return grad_output.new_empty(shape)
+    *batch, OUT = grad_output.shape
+    M = math.prod(batch)
+    if M == 0 or cols == 0:
+        return grad_output.new_empty(*batch, cols)
+    if interpreted_bf16(grad_output):
+        return codebook_linear_input_grad(grad_output.float(), packed, codebook, cols, group_rows).to(grad_output.dtype)
+    grad = grad_output.reshape(M, OUT).contiguous()
     packed, codebook = aligned(packed), codebook.contiguous()
     with _launching(grad):
         tile = next((tile for limit, tile in PLAN_INPUT_GRAD.items() if grad.shape[0] <= limit), None)
         if tile is not None:
-            return fused_input_grad(grad, packed, codebook, cols, group_rows, tile).view(shape)
-        return (grad @ decode_rows(None, packed, codebook, cols, group_rows, grad.dtype)).view(shape)
+            return fused_input_grad(grad, packed, codebook, cols, group_rows, tile).view(*batch, cols)
+        return (grad @ decode_rows(None, packed, codebook, cols, group_rows, grad.dtype)).view(*batch, cols)

@@ -34,10 +34,10 @@ def decode_rows_kernel(
         row = tl.minimum(i, rows - 1)
     K: tl.constexpr = 2**BITS
     book = codebook if SHARED else codebook + (row // group_rows * K)[:, None]
-    planes = load_planes(packed + ((row * blocks + block) * (16 * BITS))[:, None], BITS)
+    planes = load_planes(packed + ((row * blocks + block) * (16 * BITS))[:, None], BITS, False)
     column = (block * 128)[:, None] + tl.arange(0, LANES)[None, :]
     for j in tl.static_range(8):
-        weight = decode(planes, (book,), j, BITS, DTYPE, False)
+        weight = decode(planes, book, j, BITS, DTYPE)
         tl.store(out + i[:, None] * cols + column, weight, mask=(i[:, None] < count) & (column < cols))
         column += LANES
 
@@ -45,6 +45,16 @@ def decode_rows_kernel(
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Makes the device of `tensor` the current one; nothing for the CPU, where the interpreter runs the kernel."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def kernel_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a dtype."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def interpreted_bf16(tensor: Tensor) -> bool:
+    """Whether a kernel would meet bf16 in Triton's interpreter, which computes and rounds it wrongly."""
+    return tensor.dtype == torch.bfloat16 and not tensor.is_cuda
 
 
 def aligned(packed: Tensor) -> Tensor:
@@ -68,7 +78,7 @@ def decode_rows(ids: Tensor | None, packed: Tensor, codebook: Tensor, cols: int,
         decode_rows_kernel[(programs(count, cols),)](
             ids, aligned(packed), codebook.contiguous(), out, count, packed.shape[0], cols, group_rows,
             BITS=codebook.shape[1].bit_length() - 1, SHARED=codebook.shape[0] == 1, GATHER=ids is not None, UNITS=UNITS,
-            DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), debug=ids is not None, sanitize_overflow=False,
+            DTYPE=kernel_dtype(dtype), debug=ids is not None, sanitize_overflow=False,
         )  # fmt: skip
     return out
 

@@ -76,7 +76,7 @@ def pack_kernel(assignments, packed, rows, cols, BITS: tl.constexpr, UNITS: tl.c
 def unpack_kernel(packed, assignments, rows, cols, BITS: tl.constexpr, UNITS: tl.constexpr):
     """assignments (rows, cols) from packed (rows, row_bytes)."""
     unit, start, column, inside = _place(rows, cols, UNITS)
-    planes = load_planes(packed + tl.where(inside, unit, 0) * (16 * BITS), BITS)
+    planes = load_planes(packed + tl.where(inside, unit, 0) * (16 * BITS), BITS, False)
     for j in tl.static_range(8):
         lane = j * LANES + tl.arange(0, LANES)[None, :]
         tl.store(assignments + start + lane, index(planes, j, BITS).to(tl.uint8), mask=inside & (column + lane < cols))

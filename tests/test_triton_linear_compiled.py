@@ -1,0 +1,109 @@
+"""The Triton kernels of the linear layer compiled for sm_80 and sm_90 without a GPU: what the code generator made of them.
+
+A weight costs instructions three times: to decode it, to carry it to the tensor core, and its share of loads and loop. BUDGETS
+holds the code to what it was counted to be, so that a new Triton that generates worse code is seen.
+"""
+
+import re
+
+import offline
+import pytest
+
+from kmq_kernels.triton_kernels.codebook_linear import PLANS, Tile
+
+DTYPES = {"fp16": "tl.float16", "bf16": "tl.bfloat16", "fp32": "tl.float32"}
+MODULE = "kmq_kernels.triton_kernels.codebook_linear"
+# (architecture, bits) -> most instructions in the loop for each weight: (decoding, all of the loop), narrowest tile.
+# Decoding is PRMT, LOP3 and right shifts, which share one pipe of 64 lanes a clock. Multiplications by which 3-bit selectors are
+# built run in another: they count in the second number.
+BUDGETS = {
+    (80, 1): (1.6, 5.5), (80, 2): (1.6, 4.5), (80, 3): (1.6, 5.2), (80, 4): (3.0, 5.0),
+    (90, 1): (1.6, 4.3), (90, 2): (1.6, 4.3), (90, 3): (1.6, 4.0), (90, 4): (3.0, 5.6),
+}  # fmt: skip
+
+
+def linear(tile, bits, dtype="fp16", shared=True, lookup=True, tail=False, partial=False):
+    pointer = f"*{dtype}"
+    sizes = dict.fromkeys(["M", "OUT", "IN", "stride", "blocks_per_piece", "group_rows"], "i32")
+    signature = {"input": pointer, "packed": "*u8", "codebook": pointer, "bias": "*fp32", "out": "*fp32" if partial else pointer}
+    constexprs = {
+        "BITS": bits, "SHARED": shared, "HAS_BIAS": True, "PARTIAL": partial, "TAIL": tail, "WEIGHT_ROWS": tile.weight_rows,
+        "INPUT_ROWS": tile.input_rows, "DTYPE": DTYPES[dtype], "PRECISION": "ieee", "LOOKUP": lookup,
+    }  # fmt: skip
+    aligned = ("input", "packed", "codebook", "bias", "out", "OUT", "stride") + (() if tail else ("IN",))
+    return offline.Kernel(f"{MODULE}:linear_kernel", {**signature, **sizes}, constexprs, aligned, tile.num_warps, tile.num_stages)
+
+
+def plan(architecture):
+    return PLANS[architecture // 10, 0]
+
+
+def loop_of(compiled, tile):
+    """The main loop, and how many weights a thread decodes in it."""
+    body = max(compiled.innermost_loops(), key=len)
+    return body, tile.weight_rows * 128 / (32 * tile.num_warps)
+
+
+def count(body, pattern):
+    return sum(bool(re.search(pattern, line)) for line in body)
+
+
+def check_tensor_cores(architecture, body):
+    if architecture == 90:
+        # The left operand of wgmma is a register (R..), the right one a descriptor (gdesc).
+        products = [line for line in body if "HGMMA" in line]
+        assert products
+        assert all(re.search(r"HGMMA\S* R\d+, R\d+, gdesc", line) for line in products), products
+    else:
+        assert count(body, r"HMMA\.16816")
+
+
+@pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
+def test_the_lookup_decoder_is_within_budget(architecture):
+    tile = plan(architecture)[16]
+    for bits, compiled in enumerate(offline.compile_all([linear(tile, bits) for bits in (1, 2, 3, 4)], architecture), 1):
+        body, weights = loop_of(compiled, tile)
+        assert compiled.spills == 0
+        assert compiled.registers <= 128
+        assert compiled.shared <= 227 * 1024
+        assert not count(body, r"\bI2F")
+        decoding, everything = BUDGETS[architecture, bits]
+        assert count(body, r"\b(PRMT|LOP3|SHF\.R)") / weights <= decoding, bits
+        assert len(body) / weights <= everything, bits
+        # Packed words and input are copied to shared memory 16 bytes at a time; of the 1-bit plane a tile has 8 for each thread.
+        wide = count(body, r"LDGSTS\S*\.128")
+        assert wide >= 2
+        assert count(body, r"\bLDG(STS)?\b") - wide <= bits % 2, bits
+        check_tensor_cores(architecture, body)
+
+
+@pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
+def test_no_plan_spills(architecture):
+    """The narrowest and the widest tile, at widths that need many registers: a codebook for each row, a tail, partial sums."""
+    tiles = [*plan(architecture).values()][:: len(plan(architecture)) - 1]
+    kernels = [linear(tile, 4, "bf16", shared=False, partial=True) for tile in tiles]
+    kernels += [linear(tile, 7, lookup=False, tail=True) for tile in tiles]
+    for kernel, tile, compiled in zip(kernels, tiles * 2, offline.compile_all(kernels, architecture), strict=True):
+        body, _ = loop_of(compiled, tile)
+        assert compiled.spills == 0, kernel
+        assert compiled.registers <= 255, kernel
+        assert compiled.shared <= (163 if architecture == 80 else 227) * 1024, kernel
+        assert not count(body, r"\bI2F"), kernel
+        check_tensor_cores(architecture, body)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width_compiles(architecture, bits):
+    kernels = [
+        linear(tile, bits, dtype, shared, lookup=bits <= 4 and dtype != "fp32", tail=tail)
+        for tile in plan(architecture).values()
+        for dtype in ("fp16", "bf16")
+        for shared in (True, False)
+        for tail in (True, False)
+    ]
+    kernels += [linear(Tile(64, 16, 4, 3, 2), bits, "fp32", shared, lookup=False) for shared in (True, False)]
+    for kernel, compiled in zip(kernels, offline.compile_all(kernels, architecture), strict=True):
+        assert compiled.spills == 0, kernel
+        assert compiled.registers <= 255, kernel
