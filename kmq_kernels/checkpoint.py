@@ -24,8 +24,10 @@ import json
 import math
 import mmap
 import os
+import resource
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,6 +61,7 @@ OUTPUT_FAILED = 3  # exit code: the output could not be written; the same comman
 DAMAGED = 5  # exit code: files do not match their checksums
 
 _BATCH_BYTES = 64 << 20  # small tensors are clustered together, so that every thread has work
+_AHEAD_BYTES = 256 << 20  # what the kernel is asked to read before it is needed
 _CHUNK = 8 << 20
 _MADV_POPULATE_READ = 22
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -249,7 +252,7 @@ class Times:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a run did. Bytes and weights are of the whole output; times and `shards_made` of this run and rank."""
+    """What a run did. Bytes and weights are of the whole output; the rest, from `shards_made` on, of this run and process."""
 
     out: str
     model_class: str
@@ -262,6 +265,7 @@ class Summary:
     read_bytes: int
     clustered_weights: int
     times: Times
+    peak_bytes: int  # of resident memory since the process began
 
     @property
     def bits_per_weight(self) -> float:
@@ -296,9 +300,13 @@ class _Stream:
         work = [(shard, batch) for shard in shards for batch in _batches(shard.units)]
         with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as ahead:
             file: Future[_ShardFile] | None = None
+            asked, coming = 0, 0  # batches the kernel knows of, and bytes of those that are not clustered yet
             for i, (shard, batch) in enumerate(work):
-                if i + 1 < len(work):
-                    ahead.submit(_read_ahead, [unit.source for unit in work[i + 1][1]])
+                while asked < len(work) and (asked <= i + 1 or coming < _AHEAD_BYTES):
+                    ahead.submit(_read_ahead, [unit.source for unit in work[asked][1]])
+                    coming += sum(unit.source.nbytes for unit in work[asked][1])
+                    asked += 1
+                coming -= sum(unit.source.nbytes for unit in batch)
                 if file is None:
                     file = self._later(writer, 0, _ShardFile, self.out, shard)
                 results = self._cluster(batch)
@@ -436,7 +444,14 @@ def quantize_checkpoint(
         read_bytes=sum(shard.work for shard in mine),
         clustered_weights=sum(math.prod(unit.source.shape) for unit in quantized if unit.name in made),
         times=stream.times,
+        peak_bytes=_peak_bytes(),
     )
+
+
+def _peak_bytes() -> int:
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:  # getrusage would count the parent before exec
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _share(shards: list[Shard], ranks: int) -> list[list[Shard]]:

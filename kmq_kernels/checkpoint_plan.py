@@ -11,9 +11,13 @@ import dataclasses
 import hashlib
 import math
 import os
+import pickle
 import re
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
@@ -38,6 +42,7 @@ from .tensor_files import (
 
 SHARD_BYTES = 256_000_000
 _CHUNK = 8 << 20
+T = TypeVar("T")
 
 
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -149,6 +154,39 @@ class StreamPlan:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def in_child(work: Callable[[], T]) -> T:
+    """Result of `work`, done in a process of its own: the model classes it imports (150 MB) do not stay in memory here.
+
+    Done in this process where there are other threads, with which a fork is not safe. Raises what `work` raises.
+    """
+    if threading.active_count() > 1 or not hasattr(os, "fork"):
+        return work()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            try:
+                answer = pickle.dumps((True, work()))
+            except Exception as error:
+                answer = pickle.dumps((False, error))
+            with open(send, "wb") as pipe:
+                pipe.write(answer)
+        finally:
+            os._exit(0)
+    os.close(send)
+    with open(receive, "rb") as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if not answer or status:
+        raise CheckpointError(f"the process that reads config.json and headers ended early (status {status})")
+    done, value = pickle.loads(answer)
+    if not done:
+        raise value
+    return value
 
 
 def make_plan(

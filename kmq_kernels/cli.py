@@ -184,9 +184,8 @@ def quantize(
 
         model = resolve_model(model)
     folder, root = checkpoint_plan.find_source(model, revision)
-    plan = checkpoint_plan.make_plan(
-        folder, config, model_class=model_class, shard_bytes=_bytes("shard-size", shard_size), root=root
-    )
+    options: dict[str, Any] = {"model_class": model_class, "shard_bytes": _bytes("shard-size", shard_size), "root": root}
+    plan = checkpoint_plan.in_child(lambda: checkpoint_plan.make_plan(folder, config, **options))
     if dry_run:
         _print_plan(plan, as_json)
         return
@@ -292,6 +291,7 @@ def _print_summary(summary: Any, ranks: int, as_json: bool) -> None:
     table.add_row("seconds", f"{times.total:.1f}: {rate:,.0f} MB/s read")
     parts = f"waiting to read {times.read:.1f}, clustering {times.cluster:.1f}; writing beside {times.write:.1f}"
     table.add_row("of them", parts)
+    table.add_row("peak memory", f"{summary.peak_bytes / 1e6:,.0f} MB")
     console.print(table)
     console.print(f"written: {summary.out}")
 

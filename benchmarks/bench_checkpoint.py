@@ -1,0 +1,149 @@
+"""`kmq quantize` on generated BERT-like checkpoints: speed beside disk and clustering alone, peak memory, growth with the size.
+
+    python benchmarks/bench_checkpoint.py --folder /big/disk --gb 1 --gb 3 --gb 6 --gb 12
+
+For each size a checkpoint of fp32 encoder layers in 20 files is generated as a stream (weights normal, fixed seed), then, with
+nothing of it in the page cache: the files are read once, the clustering engine runs on tensors in memory, and the command runs
+in a process of its own. The share is the speed of the command over that of the slower of the two.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertModel
+
+from kmq_kernels.clustering import cluster_matrices
+from kmq_kernels.tensor_files import header_bytes
+
+HIDDEN, INTERMEDIATE, VOCABULARY, FILES = 2560, 10240, 30522, 20
+
+
+def generate(folder, gigabytes):
+    """Writes a checkpoint of about so many GB, a file at a time."""
+    layer = 4 * (4 * HIDDEN**2 + 2 * HIDDEN * INTERMEDIATE)
+    layers = max(1, round((gigabytes * 1e9 - 4 * VOCABULARY * HIDDEN) / layer))
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}
+    config = BertConfig(num_hidden_layers=layers, num_attention_heads=20, **sizes)
+    config.architectures, config.dtype = ["BertModel"], "float32"
+    with torch.device("meta"):
+        tensors = [(name, tuple(tensor.shape)) for name, tensor in BertModel(config).state_dict().items()]
+    size = sum(4 * math.prod(shape) for _, shape in tensors)
+    files, filled = [[]], 0
+    for name, shape in tensors:
+        if filled >= size * len(files) / FILES:
+            files.append([])
+        files[-1].append((name, "F32", shape, 4 * math.prod(shape)))
+        filled += 4 * math.prod(shape)
+    folder.mkdir(parents=True)
+    weight_map = {}
+    for i, entries in enumerate(files, 1):
+        file_name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        start, at = header_bytes(entries)
+        with open(folder / file_name, "wb") as file:
+            file.write(start)
+            for name, _, shape, _ in sorted(entries, key=lambda entry: at[entry[0]]):
+                file.write(torch.randn(shape).mul_(0.04).numpy().data)
+                weight_map[name] = file_name
+            file.flush()
+            os.fsync(file.fileno())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(config.to_json_string())
+
+
+def forget(folder):
+    """Drops the files of a folder from the page cache."""
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def disk_rate(folder):
+    """Bytes a second of reading all files once, one after the other."""
+    forget(folder)
+    buffer, total, begin = bytearray(8 << 20), 0, time.perf_counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            while count := file.readinto(buffer):
+                total += count
+    rate = total / (time.perf_counter() - begin)
+    forget(folder)
+    return rate
+
+
+def cluster_rate(bits):
+    """Bytes of fp32 weights a second: the shapes of a layer and of the embedding, in memory, the best of three."""
+    shapes = [(HIDDEN, HIDDEN)] * 4 + [(INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)]
+    weights = [torch.randn(shape).mul_(0.04) for shape in shapes]
+    best = math.inf
+    for _ in range(3):
+        begin = time.perf_counter()
+        cluster_matrices(weights, [bits] * len(shapes), group_rows=[shape[0] for shape in shapes])
+        best = min(best, time.perf_counter() - begin)
+    return sum(weight.nbytes for weight in weights) / best
+
+
+def measure(folder, out, bits):
+    """One row of the table."""
+    shutil.rmtree(out, ignore_errors=True)
+    disk, clustering = disk_rate(folder), cluster_rate(bits)
+    command = [sys.executable, "-m", "kmq_kernels.cli", "quantize", str(folder), "-o", str(out), "--bits", str(bits), "--json"]
+    begin = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - begin
+    if done.returncode != 0:
+        sys.exit(done.stderr)
+    summary = json.loads(done.stdout)
+    again = disk_rate(folder)
+    subprocess.run([sys.executable, "-m", "kmq_kernels.cli", "verify", str(out)], check=True, capture_output=True)
+    shutil.rmtree(out)
+    return {
+        "bytes": summary["bytes_before"],
+        "disk": (disk, again),
+        "clustering": clustering,
+        "seconds": summary["times"]["total"],
+        "command": seconds,
+        "times": summary["times"],
+        "peak": summary["peak_bytes"],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are generated, removed after use")
+    parser.add_argument("--gb", type=float, action="append", help="size; may be repeated; default 1")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--generate", action="store_true", help="only generate")
+    parser.add_argument("--keep", action="store_true", help="keep what was generated")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    for gigabytes in options.gb or [1]:
+        folder = options.folder / f"checkpoint-{gigabytes:g}"
+        if not folder.exists():
+            generate(folder, gigabytes)
+        if options.generate:
+            continue
+        row = measure(folder, options.folder / "out", options.bits)
+        slower = min(min(row["disk"]), row["clustering"])
+        rate = row["bytes"] / row["seconds"]
+        print(
+            f"{row['bytes'] / 1e9:6.2f} GB  {row['seconds']:6.2f} s ({row['command']:.2f} with start-up)  {rate / 1e6:6.0f} MB/s"
+            f"  disk alone {row['disk'][0] / 1e6:.0f}, {row['disk'][1] / 1e6:.0f}  clustering alone {row['clustering'] / 1e6:.0f}"
+            f"  share {rate / slower:.2f}  peak {row['peak'] / 1e6:.0f} MB",
+            flush=True,
+        )
+        print("   ", {name: round(value, 2) for name, value in row["times"].items()}, flush=True)
+        if not options.keep:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
