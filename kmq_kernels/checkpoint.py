@@ -186,16 +186,20 @@ class _ShardFile:
         start, self._at = header_bytes(shard.tensors)
         self._missing = {name for name, *_ in shard.tensors}
         with _output_errors(self._path):
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file, 0, len(start) + shard.nbytes)  # a disk too small says so now
-        self._write(start, 0)
+            self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115  # closed by finish or discard
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(self._file.fileno(), 0, len(start) + shard.nbytes)  # a disk too small says so now
+                self._write(start, 0)
+            except OSError:
+                self.discard()
+                raise
 
     def _write(self, data: Any, at: int) -> None:
         view = memoryview(data)
         with _output_errors(self._path):
             while len(view):
-                done = os.pwrite(self._file, view[: 64 << 20], at)
+                done = os.pwrite(self._file.fileno(), view[: 64 << 20], at)
                 view, at = view[done:], at + done
 
     def put(self, name: str, tensor: Tensor) -> None:
@@ -205,16 +209,23 @@ class _ShardFile:
         self._missing.remove(name)
 
     def finish(self) -> None:
-        """Notes size and checksum, then gives the shard its name, unless a tensor could not be written."""
+        """Notes size and checksum, then gives the shard its name; one that lacks a tensor is discarded."""
         if self._missing:
+            self.discard()
             return
         with _output_errors(self._path):
-            os.fsync(self._file)
-            os.close(self._file)
+            os.fsync(self._file.fileno())
+            self._file.close()
             record = _sha256(self._path)
             write_file(self.out / STATE / f"{self.shard.name}.json", json.dumps(record).encode(), self.out / STATE)
             os.replace(self._path, self.out / self.shard.name)
             _sync_folder(self.out)
+
+    def discard(self) -> None:
+        """Removes an unfinished shard, so that it takes no space."""
+        self._file.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
 
 
 def _put(file: Future[_ShardFile], results: list[tuple[str, Tensor]]) -> None:
@@ -224,6 +235,10 @@ def _put(file: Future[_ShardFile], results: list[tuple[str, Tensor]]) -> None:
 
 def _finish(file: Future[_ShardFile]) -> None:
     file.result().finish()
+
+
+def _discard(file: Future[_ShardFile]) -> None:
+    file.result().discard()
 
 
 # The stream
@@ -298,27 +313,29 @@ class _Stream:
     def run(self, shards: list[Shard]) -> None:
         """Makes the shards one after the other."""
         work = [(shard, batch) for shard in shards for batch in _batches(shard.units)]
+        sizes = [sum(unit.source.nbytes for unit in batch) for _, batch in work]
+        asked = coming = 0  # batches the kernel was asked to read, and bytes of those that are not clustered yet
+        file: Future[_ShardFile] | None = None
         with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as ahead:
-            file: Future[_ShardFile] | None = None
-            asked, coming = 0, 0  # batches the kernel knows of, and bytes of those that are not clustered yet
-            for i, (shard, batch) in enumerate(work):
-                while asked < len(work) and (asked <= i + 1 or coming < _AHEAD_BYTES):
-                    ahead.submit(_read_ahead, [unit.source for unit in work[asked][1]])
-                    coming += sum(unit.source.nbytes for unit in work[asked][1])
-                    asked += 1
-                coming -= sum(unit.source.nbytes for unit in batch)
-                if file is None:
-                    file = self._later(writer, 0, _ShardFile, self.out, shard)
-                results = self._cluster(batch)
-                size = sum(unit.nbytes for unit in batch)
-                self._wait(max(_BATCH_BYTES - size, 0))
-                self._later(writer, size, _put, file, results)
-                del results
-                if i + 1 == len(work) or work[i + 1][0] is not shard:
-                    self._later(writer, 0, _finish, file)
-                    file = None
-                self._on_batch(shard, batch)
-            self._wait(-1)
+            try:
+                for i, (shard, batch) in enumerate(work):
+                    while asked < len(work) and (asked <= i + 1 or coming < _AHEAD_BYTES):
+                        ahead.submit(_read_ahead, [unit.source for unit in work[asked][1]])
+                        coming += sizes[asked]
+                        asked += 1
+                    file = file or self._later(writer, 0, _ShardFile, self.out, shard)
+                    self._wait(_BATCH_BYTES)
+                    self._later(writer, sum(unit.nbytes for unit in batch), _put, file, self._cluster(batch))
+                    coming -= sizes[i]
+                    if i + 1 == len(work) or work[i + 1][0] is not shard:
+                        self._later(writer, 0, _finish, file)
+                        file = None
+                    self._on_batch(shard, batch)
+                self._wait(-1)
+            except BaseException:
+                if file is not None:
+                    writer.submit(_discard, file)
+                raise
 
     def _later(self, writer: ThreadPoolExecutor, size: int, task: Callable[..., T], *args: Any) -> Future[T]:
         """Has the writing thread do a task, which keeps `size` bytes in memory until then."""
@@ -402,12 +419,12 @@ def quantize_checkpoint(
     start = time.perf_counter()
     ranks = ranks or Ranks()
     wanted = plan.request(device.partition(":")[0])
-    if len({json.dumps(other) for other in ranks.gather(wanted)}) > 1:
-        raise CheckpointError(f"{plan.source}: the ranks do not see the same checkpoint, options and version")
+    same = len({json.dumps(other) for other in ranks.gather(wanted)}) == 1
+    ranks.agree(same, lambda: CheckpointError(f"{plan.source}: the ranks do not see the same checkpoint, options and version"))
     with contextlib.ExitStack() as stack:
         done = ranks.lead(lambda: _prepare(stack, plan, out, wanted))
-        if not all(ranks.gather((out / MANIFEST).is_file() if done is None else (out / STATE).is_dir())):
-            raise CheckpointError(f"{out}: not the same folder for all ranks; it must be on a file system they share")
+        shared = all(ranks.gather((out / MANIFEST).is_file() if done is None else (out / STATE).is_dir()))
+        ranks.agree(shared, lambda: CheckpointError(f"{out}: not the same folder for all ranks; they must share a file system"))
         todo = [] if done is None else [shard for shard in plan.shards if shard.name not in done]
         mine = _share(todo, ranks.size)[ranks.rank]
         progress = Progress(sum(shard.work for shard in plan.shards))
@@ -426,7 +443,7 @@ def quantize_checkpoint(
             with _output_errors(out):
                 stream.run(mine)
             ranks.gather(None)
-        _check_shards(plan, out, ranks)
+        _check_output(plan, out, ranks)
         ranks.lead(lambda: _publish(plan, out, wanted) if done is not None else None)
     ranks.gather(None)
     stream.times.total = time.perf_counter() - start
@@ -477,10 +494,9 @@ def _prepare(stack: contextlib.ExitStack, plan: StreamPlan, out: Path, wanted: d
     if (out / MANIFEST).is_file():
         manifest = _manifest(out)
         _same_request(out, manifest.get("request"), wanted)
-        if not state.exists():
-            complete = manifest["files"]
-            if all(_is_there(out, shard, complete.get(shard.name)) for shard in plan.shards):
-                return None
+        complete = manifest["files"]
+        if not state.exists() and all(_is_there(out / name, record) for name, record in complete.items()):
+            return None
     elif not state.is_dir() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: it exists and is no unfinished output; choose another folder or remove it")
     with _output_errors(out):
@@ -492,21 +508,22 @@ def _prepare(stack: contextlib.ExitStack, plan: StreamPlan, out: Path, wanted: d
             raise CheckpointError(f"{out}: another run is writing it") from None
         except OSError:  # a file system without locks
             pass
+        if complete and all(_is_there(out / name, record) for name, record in complete.items()):
+            shutil.rmtree(state)  # what a run left that was killed at its very end
+            return None
         if (state / "request.json").is_file():
             _same_request(out, read_json(state / "request.json"), request)
         else:
             write_file(state / "request.json", json.dumps(request).encode(), state)
-        for name, record in complete.items():  # a shard of a complete output was removed: only that one is made again
-            write_file(state / f"{name}.json", json.dumps(record).encode(), state)
-        needed = 0
         done = []
         for shard in plan.shards:
-            if _is_there(out, shard, _record(out, shard)):
+            record = complete.get(shard.name) or _record(out, shard)
+            if record is not None and _is_there(out / shard.name, record):
                 done.append(shard.name)
-            else:
-                needed += shard.nbytes
+                write_file(state / f"{shard.name}.json", json.dumps(record).encode(), state)
         for partial in state.glob("*.partial"):
             partial.unlink()
+        needed = sum(shard.nbytes for shard in plan.shards if shard.name not in done)
         free = shutil.disk_usage(out).free
         if needed > free:
             raise OutputError(f"{out}: the output needs {needed / 1e6:,.0f} MB more, the disk has {free / 1e6:,.0f} MB free")
@@ -540,9 +557,8 @@ def _record(out: Path, shard: Shard) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and set(record) == {"bytes", "sha256"} else None
 
 
-def _is_there(out: Path, shard: Shard, record: dict[str, Any] | None) -> bool:
-    path = out / shard.name
-    return record is not None and path.is_file() and not path.is_symlink() and path.stat().st_size == record["bytes"]
+def _is_there(path: Path, record: dict[str, Any]) -> bool:
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == record["bytes"]
 
 
 def _checked(out: Path, files: dict[str, dict[str, Any]]) -> list[str]:
@@ -564,14 +580,16 @@ def _checked(out: Path, files: dict[str, dict[str, Any]]) -> list[str]:
         return [sentence for sentence in pool.map(check, files) if sentence]
 
 
-def _check_shards(plan: StreamPlan, out: Path, ranks: Ranks) -> None:
-    """Reads every shard once more, each rank its part."""
-    complete = _manifest(out)["files"] if not (out / STATE).exists() else {}
-    records = {shard.name: complete.get(shard.name) or _record(out, shard) or {} for shard in plan.shards}
+def _check_output(plan: StreamPlan, out: Path, ranks: Ranks) -> None:
+    """Reads every shard once more, of a complete output every file; each rank its part."""
+    if (out / STATE).exists():
+        records = {shard.name: _record(out, shard) or {} for shard in plan.shards}
+    else:
+        records = _manifest(out)["files"]
     mine = dict(list(records.items())[ranks.rank :: ranks.size])
     wrong = [sentence for part in ranks.gather(_checked(out, mine)) for sentence in part]
-    if wrong:
-        raise DamagedError(f"{out}: {wrong[0]}; remove that file and give the same command again")
+    repair = "remove that file and give the same command again"
+    ranks.agree(not wrong, lambda: DamagedError(f"{out}: {wrong[0]}; {repair}"))
 
 
 def _publish(plan: StreamPlan, out: Path, wanted: dict[str, Any]) -> None:

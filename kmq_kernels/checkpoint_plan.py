@@ -307,19 +307,24 @@ def _dtype(source: Path, stored: dict[str, StoredTensor]) -> torch.dtype:
     return next(floating, torch.float32)
 
 
-_REPEATED = re.compile(r"layers?$|_groups?(_num)?$|blocks?$|experts?$")  # fields of config.json that say how often modules repeat
+# Fields of config.json that say how often modules repeat, and those that say how large something is.
+_REPEATED = re.compile(r"layers?$|_groups?(_num)?$|blocks?$|experts?$")
+_SIZES = re.compile(r"size|dim|hidden|position|embeddings|vocab|labels")
 
 
-def _check_config(source: Path, content: Any, tensors: int, depth: int = 0) -> None:
-    """A config.json that would build far more modules than the checkpoint has tensors is refused before it does."""
+def _check_config(source: Path, content: Any, stored: dict[str, StoredTensor], depth: int = 0) -> None:
+    """A config.json that asks for far more than the checkpoint holds is refused before anything is built from it."""
     if not isinstance(content, dict) or depth > 4:
         return
+    weights = sum(math.prod(tensor.shape) for tensor in stored.values())
     for name, value in content.items():
-        _check_config(source, value, tensors, depth + 1)
+        _check_config(source, value, stored, depth + 1)
         if type(value) is not int:
             continue
-        if (_REPEATED.search(name) and value > max(tensors, 64)) or (name == "num_labels" and value > 1_000_000):
-            raise CheckpointError(f"{source / 'config.json'}: {name} is {value}, the checkpoint has {tensors} tensors")
+        if _REPEATED.search(name) and value > max(len(stored), 64):
+            raise CheckpointError(f"{source / 'config.json'}: {name} is {value}, the checkpoint has {len(stored)} tensors")
+        if _SIZES.search(name) and value > max(weights, 1 << 20):
+            raise CheckpointError(f"{source / 'config.json'}: {name} is {value}, the checkpoint has {weights} weights")
 
 
 def _classes(config: Any, model_class: str | None, source: Path) -> list[Any]:
@@ -358,7 +363,7 @@ def _skeleton(
     The first class that the checkpoint fills is taken: a folder whose config.json names a masked language model, but which
     holds only the encoder, is an encoder.
     """
-    _check_config(source, read_json(source / "config.json"), len(stored))
+    _check_config(source, read_json(source / "config.json"), stored)
     missing: list[str] = []
     for known in _classes(config := _model_config(source), model_class, source):
         try:

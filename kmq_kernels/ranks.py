@@ -138,6 +138,12 @@ class Ranks:
             raise LeadFailed(*value)
         return value
 
+    def agree(self, fine: bool, error: Callable[[], Exception]) -> None:
+        """Ends all ranks alike where something that all of them know is not fine; only rank 0 raises `error`."""
+        if not fine:
+            wrong = error()
+            raise wrong if self.rank == 0 else LeadFailed(str(wrong), getattr(wrong, "exit_code", 1))
+
     def add(self, name: str, amount: int) -> int:
         """Adds to a counter of the job and returns it."""
         if self._store is None:
