@@ -39,8 +39,8 @@ from torch import Tensor
 
 from . import ops
 from .checkpoint_plan import Shard, StreamPlan, Unit
-from .clustering import cluster_matrices
 from .config import KMQConfig
+from .encoding import encode_weights
 from .hf import MODEL_CARD
 from .ranks import Ranks
 from .tensor_files import (
@@ -368,22 +368,16 @@ class _Stream:
             else:  # a copy: the mapping would have the thread that writes wait for the disk again
                 results.append((unit.outputs[0].name, tensor.to(unit.dtype, copy=True)))
         if chosen:
-            clustered = cluster_matrices(
+            encoded = encode_weights(
                 [tensor.to(self.device) for _, tensor in chosen],
                 [unit.bits or 0 for unit, _ in chosen],
-                group_rows=[unit.group_rows for unit, _ in chosen],
-                scheme=self.config.scheme,
-                algorithm=self.config.algorithm,
-                init=self.config.init,
-                max_iter=self.config.max_iter,
-                tol=self.config.tol,
-                seed=self.config.seed,
+                self.config,
                 names=[unit.name for unit, _ in chosen],
             )
-            for (unit, _), result in zip(chosen, clustered, strict=True):
-                codebook, packed = unit.outputs
-                results.append((codebook.name, result.codebook.to(codebook.dtype).cpu()))
-                results.append((packed.name, result.packed.cpu()))
+            for (unit, _), result in zip(chosen, encoded, strict=True):
+                for output in unit.outputs:
+                    part = getattr(result, output.name.rpartition(".")[2])
+                    results.append((output.name, part.to(output.dtype).cpu()))
         self.times.read += read - start
         self.times.cluster += time.perf_counter() - read
         return results

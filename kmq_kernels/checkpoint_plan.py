@@ -205,6 +205,8 @@ def make_plan(
     """
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes: expected at least 1, got {shard_bytes}")
+    if config.has_budget or config.needs_fisher:
+        raise ValueError("allocation: a stream knows no sensitivities and no whole model; expected bits or module_bits")
     if source.is_dir():
         files_below(source, root)
     stored = stored_tensors(source)
@@ -233,8 +235,7 @@ def make_plan(
         member, bits = weights[name]
         module, prefix = modules[member], name.removesuffix("weight")
         outputs = tuple(
-            Output(f"{prefix}{part}", parameter.dtype, tuple(parameter.shape))
-            for part, parameter in (("codebook", module.codebook), ("packed", module.packed))
+            Output(f"{prefix}{part}", parameter.dtype, tuple(parameter.shape)) for part, parameter in module.stored().items()
         )
         units.append(Unit(name, tensor, dense[name].dtype, bits, module.group_rows, outputs))
     units.sort(key=lambda unit: _natural(unit.outputs[0].name))

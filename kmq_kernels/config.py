@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any, Literal, get_args
 
@@ -14,7 +15,10 @@ QUANT_METHOD = "kmq"
 
 Granularity = Literal["tensor", "row", "group"]
 GradReduction = Literal["sum", "mean"]
+Allocation = Literal["uniform", "distortion", "fisher", "hessian"]
+Weighting = Literal["none", "fisher"]
 
+# The systems that the source compares, see README, "The source's systems".
 PRESETS: dict[str, dict[str, Any]] = {
     # The source's method as written: see README, "Where the method comes from".
     "paper": {
@@ -25,7 +29,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_iter": 3,
         "tol": 0.0,
         "grad_reduction": "mean",
-    }
+    },
+    "linear": {"scheme": "linear", "granularity": "tensor"},
+    "int8": {"scheme": "linear", "granularity": "tensor", "bits": 8},
+    "hessian": {"scheme": "linear", "granularity": "tensor", "allocation": "hessian"},
 }
 
 
@@ -48,7 +55,19 @@ class KMQConfig(QuantizationConfigMixin):
         classification layer, which is left in any case. After quantization: the resolved names of all that was left.
     module_bits: {pattern: bits} for modules that get other bits; the first pattern that matches counts. A module matched
         here is quantized even where it is the classification layer.
-    preset: "paper" sets scheme, granularity, algorithm, init, max_iter, tol and grad_reduction to the source's method.
+    preset: a system of the source; it sets what makes it up. "paper": the source's own method (scheme, granularity, algorithm,
+        init, max_iter, tol, grad_reduction); "linear": equal bins; "int8": linear at 8 bits; "hessian": linear, with more bits
+        for modules with larger Hessian eigenvalues.
+    allocation: bits of each module: "uniform" (the largest `bits` for all that the budget allows), or chosen to meet a budget:
+        "distortion" (least squared error), "fisher" (least error weighted with the Fisher diagonal, which then weighs the
+        clustering, too), "hessian" (more bits to larger eigenvalues). Modules in `module_bits` keep the bits given there.
+        After quantization the choice stands in `module_bits`.
+    bits_per_weight, size: the budget, at most one of them: bits per weight of the model or bytes of its weight file, with
+        codebooks and everything left in floating point. Default: the size that `bits` for all would have.
+    weighting: "fisher" weighs each value in the clustering with its entry of the Fisher diagonal, see `sensitivity`.
+    outlier_fraction: share of each weight, below 0.5, that is kept exactly, as sparse values: those that add most to the
+        (weighted) variance of the weight.
+    row_scale: a factor for each row, so that rows of different spread can share a codebook (granularity "tensor", "group").
     algorithm, init, max_iter, tol, seed: see `kmeans`.
     grad_reduction: gradient of a centroid in fine-tuning, from those of its members: "sum" (the chain rule) or "mean".
 
@@ -68,6 +87,12 @@ class KMQConfig(QuantizationConfigMixin):
     tol: float = 0.0
     seed: int = 0
     grad_reduction: GradReduction = "sum"
+    allocation: Allocation = "uniform"
+    bits_per_weight: float | None = None
+    size: int | None = None
+    weighting: Weighting = "none"
+    outlier_fraction: float = 0.0
+    row_scale: bool = False
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # the base class knows its own methods only
 
     def __post_init__(self) -> None:
@@ -83,6 +108,8 @@ class KMQConfig(QuantizationConfigMixin):
         self._expect("algorithm", get_args(Algorithm))
         self._expect("init", get_args(Init))
         self._expect("grad_reduction", get_args(GradReduction))
+        self._expect("allocation", get_args(Allocation))
+        self._expect("weighting", get_args(Weighting))
         self._expect("quant_method", (QUANT_METHOD,))
         self._expect_integer("bits", self.bits, 1, 8)
         self._expect_integer("group_rows", self.group_rows, 1, None)
@@ -94,6 +121,18 @@ class KMQConfig(QuantizationConfigMixin):
             self._expect_pattern("skip", pattern)
         if not self.tol >= 0:
             raise ValueError(f"tol: expected a number not below 0, got {self.tol}")
+        if self.bits_per_weight is not None and self.size is not None:
+            raise ValueError("size: expected either size or bits_per_weight as the budget, got both")
+        if self.bits_per_weight is not None and not 0 < self.bits_per_weight < math.inf:
+            raise ValueError(f"bits_per_weight: expected a number above 0, got {self.bits_per_weight}")
+        if self.size is not None:
+            self._expect_integer("size", self.size, 1, None)
+        if not 0 <= self.outlier_fraction < 0.5:
+            raise ValueError(f"outlier_fraction: expected a number from 0 to below 0.5, got {self.outlier_fraction}")
+        if self.row_scale and self.granularity == "row":
+            raise ValueError("row_scale: expected granularity 'tensor' or 'group'; a row with its own codebook needs no scale")
+        if self.weighting == "fisher" and self.scheme == "linear":
+            raise ValueError("weighting: the linear scheme takes no weights, expected 'none'")
 
     def _expect(self, name: str, known: tuple[str, ...]) -> None:
         if getattr(self, name) not in known:
@@ -131,6 +170,20 @@ class KMQConfig(QuantizationConfigMixin):
             if name_matches(pattern, name):
                 return bits, True
         return self.bits, False
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the bits of the modules have to be found for a budget."""
+        return self.allocation != "uniform" or self.bits_per_weight is not None or self.size is not None
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether quantization needs the Fisher diagonal of the model."""
+        return self.weighting == "fisher" or self.allocation == "fisher"
+
+    def outlier_count(self, numel: int) -> int:
+        """How many values of a weight with `numel` values are kept exactly."""
+        return int(self.outlier_fraction * numel)
 
     def rows_per_codebook(self, rows: int) -> int:
         """Rows of a weight with `rows` rows that share a codebook."""

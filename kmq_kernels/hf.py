@@ -78,14 +78,13 @@ class KMQQuantizer(HfQuantizer):
 
 
 def _check_tensors(modules: dict[str, CodebookModule], files: list[Path], prefix: str) -> None:
-    """Every codebook and index tensor of the model is in the checkpoint, in the right shape: none would be left random."""
+    """Every stored part of a quantized weight is in the checkpoint, in the right shape: none would be left random."""
     if any(file.suffix != ".safetensors" for file in files):
         raise CheckpointError(f"{files[0]}: a quantized checkpoint is read from safetensors only")
     shapes = {name: tensor.shape for file in files for name, tensor in read_header(file).items()}
     expected: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
     for name, module in modules.items():  # tied modules: one name in the file is enough
-        for parameter in ("codebook", "packed"):
-            tensor = getattr(module, parameter)
+        for parameter, tensor in module.stored().items():
             expected.setdefault(id(tensor), []).append((f"{name}.{parameter}", tuple(tensor.shape)))
     for names in expected.values():
         for name, shape in names:

@@ -5,29 +5,56 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops, packing
+
+STORED = ("codebook", "packed", "row_scale", "outlier_index", "outlier_values")
 
 
 class CodebookModule(nn.Module):
     """A weight (rows, cols) kept as `codebook` (G, K), trainable, and `packed` (rows, row_bytes) uint8, fixed.
 
     Row r uses codebook r // group_rows. With grad_reduction "mean" the gradient of a centroid is divided by the number of its
-    members; with "sum" it is the chain rule's.
+    members; with "sum" it is the chain rule's. Where asked for, `row_scale` (rows,) multiplies the decoded rows, and then
+    `outlier_values` (n,) are added at the ascending flat positions `outlier_index` (n,) int32. Both train like a bias: a
+    factor or a value that stands for one weight needs no other treatment than that weight had.
     """
 
     codebook: nn.Parameter
     packed: nn.Parameter
+    row_scale: nn.Parameter | None
+    outlier_index: nn.Parameter | None
+    outlier_values: nn.Parameter | None
 
-    def __init__(self, rows: int, cols: int, bits: int, group_rows: int, grad_reduction: str, device: Any, dtype: Any) -> None:
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        bits: int,
+        group_rows: int,
+        grad_reduction: str,
+        device: Any,
+        dtype: Any,
+        row_scale: bool,
+        outliers: int,
+    ) -> None:
         super().__init__()
+        if outliers and rows * cols > 2**31 - 1:
+            raise ValueError(f"outliers: their positions are int32, got a weight of {rows} x {cols}")
         self.rows, self.cols, self.bits, self.group_rows, self.grad_reduction = rows, cols, bits, group_rows, grad_reduction
         # The codebook comes first: callers take the dtype of a module from its first parameter.
         self.codebook = nn.Parameter(torch.zeros(-(-rows // group_rows), 2**bits, device=device, dtype=dtype))
         empty = torch.zeros(rows, packing.row_bytes(cols, bits), device=device, dtype=torch.uint8)
         # A parameter, not a buffer: transformers ties parameters only, and DDP broadcasts buffers at every forward.
         self.packed = nn.Parameter(empty, requires_grad=False)
+        self.row_scale = nn.Parameter(torch.ones(rows, device=device, dtype=dtype)) if row_scale else None
+        self.outlier_index = self.outlier_values = None
+        if outliers:
+            index = torch.zeros(outliers, device=device, dtype=torch.int32)
+            self.outlier_index = nn.Parameter(index, requires_grad=False)
+            self.outlier_values = nn.Parameter(torch.zeros(outliers, device=device, dtype=dtype))
         self._inverse_counts: Tensor | None = None
 
     @property
@@ -35,7 +62,18 @@ class CodebookModule(nn.Module):
         """The weight (rows, cols) decoded, differentiable in the codebook; costs a decode at every access."""
         if self.codebook.is_meta or self.packed.is_meta:  # from_pretrained looks at it before all is loaded
             return torch.empty(self.rows, self.cols, device="meta", dtype=self.codebook.dtype)
-        return ops.dequantize(self.packed, self.trained_codebook(), self.cols, group_rows=self.group_rows)
+        weight = ops.dequantize(self.packed, self.trained_codebook(), self.cols, group_rows=self.group_rows)
+        if self.row_scale is not None:
+            weight = weight * self.row_scale[:, None]
+        if self.outlier_values is not None and self.outlier_index is not None:
+            index = self.outlier_index.long()
+            flat = weight.reshape(-1)
+            weight = flat.index_put((index,), flat[index] + self.outlier_values).view(self.rows, self.cols)
+        return weight
+
+    def stored(self) -> dict[str, nn.Parameter]:
+        """The parameters that make up the weight, by name: what a checkpoint holds of it, and what tied modules share."""
+        return {name: getattr(self, name) for name in STORED if getattr(self, name) is not None}
 
     def trained_codebook(self) -> Tensor:
         """The codebook, with its gradient divided by the cluster sizes where grad_reduction is "mean"."""
@@ -54,14 +92,17 @@ class CodebookModule(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _extra(self) -> str:
-        return f"bits={self.bits}, codebooks={self.codebook.shape[0]}"
+        scale = "" if self.row_scale is None else ", row_scale=True"
+        outliers = "" if self.outlier_values is None else f", outliers={len(self.outlier_values)}"
+        return f"bits={self.bits}, codebooks={self.codebook.shape[0]}{scale}{outliers}"
 
 
 class CodebookLinear(CodebookModule):
     """y = x @ weight.T + bias with a codebook weight (out_features, in_features); see `codebook_linear` for dtypes.
 
     in_features, out_features, bias: as in torch.nn.Linear. bits: 1 to 8. group_rows: output rows that share a codebook,
-    None for one codebook. grad_reduction: "sum" or "mean". Under autocast the input is cast as for torch.nn.Linear.
+    None for one codebook. grad_reduction: "sum" or "mean". row_scale: whether rows have a factor each; outliers: how many
+    values are kept exactly. Under autocast the input is cast as for torch.nn.Linear.
     """
 
     def __init__(
@@ -73,10 +114,13 @@ class CodebookLinear(CodebookModule):
         bias: bool = True,
         group_rows: int | None = None,
         grad_reduction: str = "sum",
+        row_scale: bool = False,
+        outliers: int = 0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(out_features, in_features, bits, group_rows or max(out_features, 1), grad_reduction, device, dtype)
+        group_rows = group_rows or max(out_features, 1)
+        super().__init__(out_features, in_features, bits, group_rows, grad_reduction, device, dtype, row_scale, outliers)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
@@ -84,7 +128,14 @@ class CodebookLinear(CodebookModule):
         device = input.device.type
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(device))
-        return ops.codebook_linear(input, self.packed, self.trained_codebook(), self.bias, group_rows=self.group_rows)
+        if self.row_scale is None and self.outlier_values is None:
+            return ops.codebook_linear(input, self.packed, self.trained_codebook(), self.bias, group_rows=self.group_rows)
+        out = ops.codebook_linear(input, self.packed, self.trained_codebook(), None, group_rows=self.group_rows)
+        if self.row_scale is not None:
+            out = out * self.row_scale.to(out.dtype)
+        if self.outlier_values is not None and self.outlier_index is not None:
+            out = out + ops.sparse_linear(input, self.outlier_index, self.outlier_values, self.rows)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self._extra()}"
@@ -93,8 +144,8 @@ class CodebookLinear(CodebookModule):
 class CodebookEmbedding(CodebookModule):
     """Rows of a codebook weight (num_embeddings, embedding_dim); only the rows asked for are decoded.
 
-    num_embeddings, embedding_dim, padding_idx: as in torch.nn.Embedding. bits, group_rows, grad_reduction: as in
-    CodebookLinear. The output has the codebook's dtype.
+    num_embeddings, embedding_dim, padding_idx: as in torch.nn.Embedding. bits, group_rows, grad_reduction, row_scale,
+    outliers: as in CodebookLinear. The output has the codebook's dtype.
     """
 
     def __init__(
@@ -106,16 +157,26 @@ class CodebookEmbedding(CodebookModule):
         padding_idx: int | None = None,
         group_rows: int | None = None,
         grad_reduction: str = "sum",
+        row_scale: bool = False,
+        outliers: int = 0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, bits, group_rows or max(num_embeddings, 1), grad_reduction, device, dtype)
+        group_rows = group_rows or max(num_embeddings, 1)
+        super().__init__(num_embeddings, embedding_dim, bits, group_rows, grad_reduction, device, dtype, row_scale, outliers)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
-        return ops.codebook_embedding(
+        out = ops.codebook_embedding(
             ids, self.packed, self.trained_codebook(), self.cols, group_rows=self.group_rows, padding_idx=self.padding_idx
         )
+        if self.row_scale is not None:
+            out = out * F.embedding(ids, self.row_scale[:, None], self.padding_idx)
+        if self.outlier_values is not None and self.outlier_index is not None:
+            out = out + ops.sparse_embedding(
+                ids, self.outlier_index, self.outlier_values, self.cols, padding_idx=self.padding_idx
+            )
+        return out
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

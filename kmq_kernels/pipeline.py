@@ -5,9 +5,14 @@ from the last finished stage:
 
     OUT/run.json                          what was asked for; another request on the same folder is refused
     OUT/stage1/                           fine-tuned fp32 model
+    OUT/fisher.safetensors, hessian...    sensitivities of its weights, where a configuration needs them
     OUT/control/                          the same, fine-tuned for the steps of stage 3
     OUT/kmeans-4bit/stage2/, stage3/      one pair for each scheme and number of bits
     OUT/results.json                      every figure, rewritten after each stage
+
+Each stage folder has stage.json (metrics, seconds, memory, losses) and layers.json (what became of every weight), from which
+`report` draws its page. Configurations may be added to a finished run. A `Comparison` is one such run for each task and seed,
+in OUT/TASK/seedN.
 """
 
 from __future__ import annotations
@@ -30,10 +35,11 @@ import transformers
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
 
+from . import sensitivity
 from .config import KMQConfig
 from .hf import MODEL_CARD, CheckpointError, checkpoint_files, load
 from .modules import CodebookModule
-from .quantize import model_size, quantize_
+from .quantize import model_size, plan, quantize_
 from .tasks import Task, tokenize
 
 log = logging.getLogger(__name__)
@@ -49,7 +55,8 @@ class PipelineError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
     """One fine-tuning. steps: optimizer steps; learning_rate: of everything but codebooks, which take
-    learning_rate * codebook_lr_mult and no weight decay; max_length: tokens a text is cut to."""
+    learning_rate * codebook_lr_mult and no weight decay; max_length: tokens a text is cut to; distill: whether stage 3 also
+    follows the logits and hidden states of the stage-1 model, see `distillation_loss`."""
 
     steps: int = 450
     batch_size: int = 32
@@ -59,6 +66,7 @@ class TrainingSettings:
     warmup_ratio: float = 0.1
     max_length: int = 64
     seed: int = 0
+    distill: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "max_length"):
@@ -118,12 +126,56 @@ def _training_arguments(folder: Path, settings: TrainingSettings, **more: Any) -
     )
 
 
-class _StageTrainer(Trainer):
-    """Trainer with the parameter groups of this package."""
+DISTILL_TEMPERATURE = 2.0
 
-    def __init__(self, settings: TrainingSettings, **kwargs: Any) -> None:
+
+def distillation_loss(student: Any, teacher: Any, attention_mask: torch.Tensor, regression: bool) -> torch.Tensor:
+    """What keeps a quantized model near the one it came from: the sum of a term for the logits and one for the hidden states.
+
+    student, teacher: outputs with logits (batch, labels) and hidden_states, each (batch, tokens, hidden). The first term is
+    KL(teacher || student) at temperature 2, times 4 (Hinton et al. 2015); for regression the mean squared difference. The
+    second is the mean over the layers of the squared difference, as a share of the mean square of the teacher's states, over
+    the tokens that are no padding. Both are about 1 for a model that has nothing of the teacher.
+    """
+    if regression:
+        soft = torch.nn.functional.mse_loss(student.logits, teacher.logits)
+    else:
+        ours, theirs = (torch.log_softmax(out.logits / DISTILL_TEMPERATURE, -1) for out in (student, teacher))
+        soft = torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * DISTILL_TEMPERATURE**2
+    real = attention_mask.unsqueeze(-1).to(student.logits.dtype)
+    shares = [
+        ((ours - theirs).square() * real).sum() / (theirs.square() * real).sum().clamp_min(1e-12)
+        for ours, theirs in zip(student.hidden_states, teacher.hidden_states, strict=True)
+    ]
+    return soft + torch.stack(shares).mean()
+
+
+class _StageTrainer(Trainer):
+    """Trainer with the parameter groups of this package, the loss of every step, and distillation from `teacher`."""
+
+    def __init__(self, settings: TrainingSettings, teacher: Any = None, **kwargs: Any) -> None:
         self._settings = settings
+        self._teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+        self.losses: list[torch.Tensor] = []
         super().__init__(**kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Keeps the loss, without waiting for its value."""
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append(loss.detach())
+        return loss
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The task's loss, with the distance from the teacher where there is one."""
+        if self._teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        out = model(**inputs, output_hidden_states=True)
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        with torch.no_grad():
+            theirs = self._teacher(**given, output_hidden_states=True)
+        regression = self._teacher.config.num_labels == 1
+        loss = out.loss + distillation_loss(out, theirs, inputs["attention_mask"], regression)
+        return (loss, out) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over `parameter_groups`."""
@@ -134,10 +186,17 @@ class _StageTrainer(Trainer):
 
 
 def _trainer(
-    model: Any, tokenizer: Any, settings: TrainingSettings, scratch: Path, train: Any = None, metrics: Any = None
-) -> Trainer:
+    model: Any,
+    tokenizer: Any,
+    settings: TrainingSettings,
+    scratch: Path,
+    train: Any = None,
+    metrics: Any = None,
+    teacher: Any = None,
+) -> _StageTrainer:
     return _StageTrainer(
         settings,
+        teacher,
         model=model,
         args=_training_arguments(scratch, settings, **_clipping(model)),
         train_dataset=train,
@@ -151,13 +210,48 @@ def _clipping(model: nn.Module) -> dict[str, float]:
     return {"max_grad_norm": 0.0} if any(isinstance(module, CodebookModule) for module in model.modules()) else {}
 
 
-def finetune(model: Any, tokenizer: Any, task: Task, settings: TrainingSettings, scratch: Path) -> None:
-    """Fine-tunes `model` in place on the task's training set. `scratch`: a folder Trainer may write to.
+def finetune(
+    model: Any, tokenizer: Any, task: Task, settings: TrainingSettings, scratch: Path, teacher: Any = None
+) -> list[float]:
+    """Fine-tunes `model` in place on the task's training set and returns the loss of every step. `scratch`: a folder Trainer may
+    write to. teacher: a model to distill from, where the settings ask for it.
 
     In a quantized model the packed indices stay as they are; codebooks and everything in floating point train.
     """
+    if settings.distill and teacher is None:
+        raise PipelineError("distill: expected a model to distill from; `kmq run` has one, the model of stage 1")
     train = tokenize(task.train, tokenizer, settings.max_length)
-    _trainer(model, tokenizer, settings, scratch, train).train()
+    trainer = _trainer(model, tokenizer, settings, scratch, train, teacher=teacher if settings.distill else None)
+    trainer.train()
+    return torch.stack(trainer.losses).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class SensitivitySettings:
+    """Which batches of the training set sensitivities are computed on, and how; see `sensitivity`.
+
+    Fisher: `fisher_batches` batches of `fisher_batch_size` texts, damped with `damping` times the mean. Hessian likewise, with
+    at most `hessian_iterations` products a batch and module.
+    """
+
+    fisher_batches: int = 400
+    fisher_batch_size: int = 4
+    damping: float = 0.1
+    hessian_batches: int = 2
+    hessian_batch_size: int = 16
+    hessian_iterations: int = 6
+
+
+def calibration_batches(
+    task: Task, tokenizer: Any, batch_size: int, count: int, max_length: int, seed: int
+) -> list[dict[str, torch.Tensor]]:
+    """`count` batches drawn from the training set, texts of similar length together; the same for the same seed."""
+    size = min(batch_size * count, len(task.train))
+    drawn = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed))[:size].tolist()
+    tokens = tokenize(task.train.select(drawn), tokenizer, max_length)
+    order = sorted(range(size), key=lambda i: len(tokens[i]["input_ids"]))
+    pad = DataCollatorWithPadding(tokenizer)
+    return [dict(pad([tokens[i] for i in order[k : k + batch_size]])) for k in range(0, size, batch_size)]
 
 
 def evaluate(model: Any, tokenizer: Any, task: Task, settings: TrainingSettings, scratch: Path) -> dict[str, float]:
@@ -250,11 +344,17 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 STAGE_FILE = "stage.json"
+LAYERS_FILE = "layers.json"
+HISTOGRAM_BINS = 120
 
 
 @dataclasses.dataclass
 class Run:
-    """The three stages for every scheme and number of bits, on one fine-tuned model; see the module's docstring."""
+    """The three stages for every configuration, on one fine-tuned model; see the module's docstring.
+
+    stage3_of: settings of stage 3 for single configurations, None for no stage 3. keep_models: whether the weights of finished
+    configurations stay; without them, figures and layers.json stay.
+    """
 
     model: str
     task: Task
@@ -265,6 +365,9 @@ class Run:
     control: bool = True
     command: Sequence[str] = ()
     announce: Callable[[str], None] = log.info
+    stage3_of: dict[str, TrainingSettings | None] = dataclasses.field(default_factory=dict)
+    sensitivity: SensitivitySettings = dataclasses.field(default_factory=SensitivitySettings)
+    keep_models: bool = True
 
     def request(self) -> dict[str, Any]:
         """All that decides the result."""
@@ -274,8 +377,12 @@ class Run:
             "num_labels": self.task.num_labels,
             "rows": {"train": len(self.task.train), **{name: len(split) for name, split in self.task.evaluation.items()}},
             "configs": {name: config.to_dict() for name, config in self.configs.items()},
+            "stage3_of": {
+                name: None if settings is None else dataclasses.asdict(settings) for name, settings in self.stage3_of.items()
+            },
             "stage1": dataclasses.asdict(self.stage1),
             "stage3": dataclasses.asdict(self.stage3),
+            "sensitivity": dataclasses.asdict(self.sensitivity),
             "control": self.control,
         }
 
@@ -293,32 +400,68 @@ class Run:
                 self.stage3,
             )
         for name, config in self.configs.items():
-            second = self.out / name / "stage2"
-            self._stage(second, f"{name}, stage 2: cluster", lambda config=config: self._quantized(first, config), None)  # type: ignore[misc]
-            self._stage(
-                self.out / name / "stage3",
-                f"{name}, stage 3: fine-tune again",
-                lambda second=second: (load(second), AutoTokenizer.from_pretrained(second)),  # type: ignore[misc]
-                self.stage3,
-            )
+            self._configuration(name, config, first)
         return self.results()
 
+    def _configuration(self, name: str, config: KMQConfig, first: Path) -> None:
+        second, third = self.out / name / "stage2", self.out / name / "stage3"
+        training = self.stage3_of.get(name, self.stage3)
+        self._stage(second, f"{name}, stage 2: cluster", lambda: self._quantized(first, config), None)
+        if training is not None:
+
+            def again() -> tuple[Any, Any]:
+                # Its weights may be gone already: they are the same again.
+                if not list(second.glob("*.safetensors")):
+                    return self._quantized(first, config)
+                return load(second), AutoTokenizer.from_pretrained(second)
+
+            self._stage(third, f"{name}, stage 3: fine-tune again", again, training)
+        if not self.keep_models:
+            for file in (self.out / name).glob("*/*.safetensors"):
+                file.unlink()
+
     def _open_folder(self) -> None:
+        """Starts a folder, or goes on with one: configurations may be added, nothing else may differ."""
         marker = self.out / "run.json"
         request = json.loads(json.dumps(self.request()))
         if marker.is_file():
-            if json.loads(marker.read_text()) != request:
+            before = {"stage3_of": {}, **json.loads(marker.read_text())}
+            parts = ("configs", "stage3_of")
+
+            def asked(content: dict[str, Any], name: str) -> tuple[Any, Any]:
+                return content["configs"][name], content["stage3_of"].get(name, "as all")
+
+            same = all(asked(before, name) == asked(request, name) for name in before["configs"] if name in request["configs"])
+            if not same or any(before.get(key) != value for key, value in request.items() if key not in parts):
                 raise PipelineError(f"{self.out}: it holds another run (see {marker}); choose another folder or remove it")
+            for part in parts:
+                request[part] = {**before[part], **request[part]}
         elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise PipelineError(f"{self.out}: it exists and is not a run of this command; choose another folder or remove it")
-        else:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(marker, request)
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(marker, request)
 
     def _quantized(self, first: Path, config: KMQConfig) -> tuple[Any, Any]:
-        model = load(first)
-        quantize_(model, config)
-        return model, AutoTokenizer.from_pretrained(first)
+        model, tokenizer = load(first), AutoTokenizer.from_pretrained(first)
+        importance = eigenvalues = None
+        how = self.sensitivity
+        # Of all weights that could be quantized: configurations with other `skip` share the file.
+        if config.needs_fisher:
+            batches = self._calibration(tokenizer, how.fisher_batch_size, how.fisher_batches)
+            fisher = sensitivity.fisher_diagonal(model, batches, path=self.out / "fisher.safetensors")
+            importance = {name: fisher[name] for name in plan(model, config).bits if name in fisher}
+            importance = sensitivity.importance(importance, how.damping)
+        if config.allocation == "hessian":
+            batches = self._calibration(tokenizer, how.hessian_batch_size, how.hessian_batches)
+            eigenvalues = sensitivity.hessian_eigenvalues(
+                model, batches, iterations=how.hessian_iterations, path=self.out / "hessian.safetensors"
+            )
+            eigenvalues = {name: eigenvalues[name] for name in plan(model, config).bits if name in eigenvalues}
+        quantize_(model, config, sample_weight=importance, eigenvalues=eigenvalues)
+        return model, tokenizer
+
+    def _calibration(self, tokenizer: Any, batch_size: int, count: int) -> list[dict[str, torch.Tensor]]:
+        return calibration_batches(self.task, tokenizer, batch_size, count, self.stage1.max_length, self.stage1.seed)
 
     def _stage(self, folder: Path, title: str, make: Callable[[], tuple[Any, Any]], training: TrainingSettings | None) -> None:
         if (folder / STAGE_FILE).is_file():
@@ -326,12 +469,16 @@ class Run:
             return
         self.announce(title)
         start = time.perf_counter()
+        _reset_peak_memory()
         model, tokenizer = make()
         with publish(folder) as partial:
             scratch = partial / "trainer"
+            losses = []
             if training is not None:
-                finetune(model, tokenizer, self.task, training, scratch)
+                teacher = load(self.out / "stage1") if training.distill else None
+                losses = finetune(model, tokenizer, self.task, training, scratch, teacher)
             seconds = time.perf_counter() - start
+            memory = _peak_memory()
             metrics = evaluate(model, tokenizer, self.task, training or self.stage3, scratch)
             shutil.rmtree(scratch, ignore_errors=True)
             save(model, tokenizer, partial)
@@ -340,10 +487,14 @@ class Run:
                 "metrics": metrics,
                 "seconds": round(seconds, 2),
                 "evaluation_seconds": round(time.perf_counter() - start - seconds, 2),
+                "peak_memory_bytes": memory,
                 "bits_per_weight": size.bits_per_weight,
                 "ratio": size.ratio,
                 "bytes_on_disk": folder_bytes(partial),
+                "losses": [round(loss, 5) for loss in losses],
             }
+            original = None if folder.parent == self.out else load(self.out / "stage1")
+            write_json(partial / LAYERS_FILE, layer_facts(model, original))
             write_json(partial / STAGE_FILE, facts)
         write_json(self.out / "results.json", self.results())
 
@@ -354,15 +505,181 @@ class Run:
             file = self.out.joinpath(*parts, STAGE_FILE)
             return json.loads(file.read_text()) if file.is_file() else None
 
+        marker = self.out / "run.json"
+        request = json.loads(marker.read_text()) if marker.is_file() else self.request()
+        names = list(request["configs"])
         return {
             "command": list(self.command),
             "metric": self.task.metric,
-            "request": self.request(),
+            "request": request,
             "stage1": facts("stage1"),
             "control": facts("control"),
-            "quantized": {name: {"stage2": facts(name, "stage2"), "stage3": facts(name, "stage3")} for name in self.configs},
+            "quantized": {name: {"stage2": facts(name, "stage2"), "stage3": facts(name, "stage3")} for name in names},
             "versions": versions(),
         }
+
+
+def layer_facts(model: Any, original: Any = None) -> list[dict[str, Any]]:
+    """What there is to know of every embedding and linear layer, as plain values.
+
+    Of a weight in floating point its histogram; of a quantized one bits, bytes, the first codebook, and, with the `original`
+    model it came from, its error: the share of the squared deviation from the mean that is lost.
+    """
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, CodebookModule):
+            stored = module.stored()
+            layer = {
+                "name": name,
+                "shape": [module.rows, module.cols],
+                "bits": module.bits,
+                "codebooks": module.codebook.shape[0],
+                "bytes": sum(p.numel() * p.element_size() for p in stored.values()),
+                "outliers": 0 if module.outlier_values is None else len(module.outlier_values),
+                "row_scale": module.row_scale is not None,
+                "centroids": [float(f"{c:.6g}") for c in module.codebook[0].tolist()],
+            }
+            if original is not None:
+                weight = original.get_submodule(name).weight.detach().double()
+                lost = (weight - module.weight.detach().double()).square().sum()
+                layer["error"] = float(lost / (weight - weight.mean()).square().sum().clamp_min(1e-300))
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            weight = module.weight.detach().float()
+            low, high = float(weight.min()), float(weight.max())
+            counts = weight.flatten().histc(HISTOGRAM_BINS, low, high) if high > low else torch.tensor([weight.numel()])
+            layer = {
+                "name": name,
+                "shape": list(weight.shape),
+                "bytes": weight.numel() * module.weight.element_size(),
+                "histogram": {"low": low, "high": high, "counts": [int(c) for c in counts.tolist()]},
+            }
+        else:
+            continue
+        layers.append(layer)
+    return layers
+
+
+def _reset_peak_memory() -> None:
+    """Lets the peak of the resident memory start anew, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> int | None:
+    """Peak bytes since the reset: of the device's allocator on CUDA, else of the process; None where nothing tells."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One configuration of a comparison: its name, the quantization, and what stage 3 does with it."""
+
+    name: str
+    config: KMQConfig
+    stage3: bool = True
+    distill: bool = False
+
+
+def read_variants(path: Path) -> list[Variant]:
+    """The list in a JSON file: objects with a name, fields of KMQConfig, and optionally "stage3" and "distill"."""
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{path}: not a list of configurations in JSON ({error})") from None
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise PipelineError(f"{path}: expected a list of objects, at least one")
+    variants: list[Variant] = []
+    for number, entry in enumerate(entries):
+        fields = dict(entry)
+        name, stage3, distill = fields.pop("name", None), fields.pop("stage3", True), fields.pop("distill", False)
+        if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
+            raise PipelineError(f"{path}, entry {number}: expected a name that can be a folder's, got {name!r}")
+        if name in ("stage1", "control") or name in [variant.name for variant in variants]:
+            raise PipelineError(f"{path}, entry {number}: the name {name!r} is taken")
+        try:
+            config = KMQConfig.from_dict(fields)
+        except (TypeError, ValueError) as error:
+            raise PipelineError(f"{path}, entry {number}, {name}: {error}") from None
+        variants.append(Variant(name, config, bool(stage3), bool(distill)))
+    return variants
+
+
+def standard_variants(bits: Sequence[int] = (1, 2, 3, 4, 8), averages: Sequence[float] = (2.5, 3.0)) -> list[Variant]:
+    """The source's systems and the better ones of this package side by side.
+
+    K-means and linear at every number of bits (linear at 8 bits is the source's "int8"); then, at every average, the exact
+    allocation with and without Fisher weights and the Hessian baseline; at 2 and 3 bits the source's method as written, Fisher
+    weights alone, outliers and distillation. What the averages are compared by is the state before stage 3, so they have none.
+    """
+    variants = [Variant(f"kmeans-{b}bit", KMQConfig(bits=b)) for b in bits]
+    variants += [
+        Variant("int8", KMQConfig(preset="int8")) if b == 8 else Variant(f"linear-{b}bit", KMQConfig(preset="linear", bits=b))
+        for b in bits
+    ]
+    for average in averages:
+        budget: dict[str, Any] = {"bits_per_weight": average}
+        variants += [
+            Variant(f"fisher-{average:g}bpw", KMQConfig(allocation="fisher", **budget), stage3=False),
+            Variant(f"distortion-{average:g}bpw", KMQConfig(allocation="distortion", **budget), stage3=False),
+            Variant(f"hessian-{average:g}bpw", KMQConfig(preset="hessian", **budget), stage3=False),
+        ]
+    for b in sorted({2, 3} & set(bits)):
+        variants += [
+            Variant(f"paper-{b}bit", KMQConfig(preset="paper", bits=b), stage3=False),
+            Variant(f"kmeans-fisher-{b}bit", KMQConfig(bits=b, weighting="fisher"), stage3=False),
+            Variant(f"kmeans-outliers-{b}bit", KMQConfig(bits=b, outlier_fraction=0.005), stage3=False),
+            Variant(f"kmeans-distill-{b}bit", KMQConfig(bits=b), distill=True),
+        ]
+    return variants
+
+
+@dataclasses.dataclass
+class Comparison:
+    """A list of configurations for several tasks and seeds: one `Run` for each task and seed, which share nothing but OUT."""
+
+    model: str
+    tasks: Sequence[Task]
+    out: Path
+    variants: Sequence[Variant]
+    seeds: Sequence[int]
+    stage1: TrainingSettings
+    stage3: TrainingSettings
+    command: Sequence[str] = ()
+    announce: Callable[[str], None] = log.info
+    sensitivity: SensitivitySettings = dataclasses.field(default_factory=SensitivitySettings)
+    keep_models: bool = False
+    control: bool = True
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """Runs what is not finished yet, seed by seed, and returns the results of all runs."""
+        return [self._run(task, seed)() for seed in self.seeds for task in self.tasks]
+
+    def _run(self, task: Task, seed: int) -> Run:
+        def stage3(variant: Variant) -> TrainingSettings | None:
+            return dataclasses.replace(self.stage3, seed=seed, distill=variant.distill) if variant.stage3 else None
+
+        return Run(
+            model=self.model,
+            task=task,
+            out=self.out / task.name / f"seed{seed}",
+            configs={v.name: dataclasses.replace(v.config, seed=seed) for v in self.variants},
+            stage1=dataclasses.replace(self.stage1, seed=seed),
+            stage3=dataclasses.replace(self.stage3, seed=seed),
+            stage3_of={v.name: stage3(v) for v in self.variants if v.distill or not v.stage3},
+            control=self.control,
+            command=self.command,
+            announce=lambda text: self.announce(f"{task.name}, seed {seed}: {text}"),
+            sensitivity=self.sensitivity,
+            keep_models=self.keep_models,
+        )
 
 
 def versions() -> dict[str, Any]:
@@ -390,11 +707,16 @@ def _processor() -> str:
 __all__ = [
     "EMBEDDED_MODEL",
     "CheckpointError",
+    "Comparison",
     "PipelineError",
     "Run",
+    "SensitivitySettings",
     "TrainingSettings",
+    "Variant",
     "evaluate",
     "finetune",
     "load_for_task",
+    "read_variants",
     "resolve_model",
+    "standard_variants",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .clustering import cluster_matrices
+from . import allocation
 from .config import QUANT_METHOD, KMQConfig, name_matches
-from .modules import CodebookEmbedding, CodebookLinear, CodebookModule
+from .encoding import encode_weights, encoded_bytes
+from .modules import STORED, CodebookEmbedding, CodebookLinear, CodebookModule
 
 # The classification layers of the architectures, by name: what maps features to classes, labels, spans or the vocabulary.
 # A pooler, DistilBERT's pre_classifier and the transform before a vocabulary decoder are ordinary linear layers.
@@ -96,6 +98,8 @@ def _empty_like(module: nn.Module, bits: int, config: KMQConfig) -> CodebookModu
     options: dict[str, Any] = {
         "group_rows": config.rows_per_codebook(weight.shape[0]),
         "grad_reduction": config.grad_reduction,
+        "row_scale": config.row_scale,
+        "outliers": config.outlier_count(weight.numel()),
         "device": weight.device,
         "dtype": weight.dtype,
     }
@@ -128,79 +132,176 @@ def swap_empty(model: nn.Module, config: KMQConfig) -> dict[str, CodebookModule]
                 made[id(old)] = _empty_like(old, bits, config)
                 if first is None:
                     first = made[id(old)]
-                made[id(old)].codebook, made[id(old)].packed = first.codebook, first.packed
+                for part, parameter in first.stored().items():
+                    setattr(made[id(old)], part, parameter)
             new[name] = made[id(old)]
     _replace(model, new)
-    _retie(model, set(new), packed=True)
+    _retie(model, new)
     return cast("dict[str, CodebookModule]", new)
 
 
-def _retie(model: nn.Module, names: set[str], packed: bool) -> None:
-    """transformers ties parameters by name: X.weight becomes X.codebook and X.packed, or back."""
-    forms: tuple[tuple[str, ...], ...] = (("weight",), ("codebook", "packed"))
-    old, new = forms if packed else forms[::-1]
+def _retie(model: nn.Module, new: dict[str, nn.Module]) -> None:
+    """transformers ties parameters by name: X.weight becomes X.codebook, X.packed, ... for a codebook module X, or back."""
     for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
         keys = getattr(model, attribute, None)
         if not isinstance(keys, dict):
             continue
         renamed = {}
         for target, source in keys.items():
-            module, _, parameter = target.rpartition(".")
-            if parameter not in old or not any(name == module or name.endswith(f".{module}") for name in names):
+            owner, _, parameter = target.rpartition(".")
+            module = next((m for name, m in new.items() if name == owner or name.endswith(f".{owner}")), None)
+            if module is None or parameter not in ("weight", *STORED):
                 renamed[target] = source
                 continue
-            for name in new:
-                renamed[f"{module}.{name}"] = f"{source.rpartition('.')[0]}.{name}"
+            for name in module.stored() if isinstance(module, CodebookModule) else ("weight",):
+                renamed[f"{owner}.{name}"] = f"{source.rpartition('.')[0]}.{name}"
         setattr(model, attribute, renamed)
 
 
 def quantize_(
-    model: nn.Module, config: KMQConfig, *, sample_weight: dict[str, Tensor] | None = None, progress: bool | None = None
+    model: nn.Module,
+    config: KMQConfig,
+    *,
+    sample_weight: dict[str, Tensor] | None = None,
+    eigenvalues: dict[str, float] | None = None,
+    progress: bool | None = None,
 ) -> KMQConfig:
     """Clusters every embedding and linear weight except the classification layer, and swaps in codebook modules, in place.
 
     model: any torch module; a transformers model can be saved with `save_pretrained` afterwards. config: see KMQConfig.
-    sample_weight: importance of each weight, {module name: (rows, cols) not negative}, default all equal.
-    progress: a progress bar; None shows one where the work is long.
-    Returns the config with `skip` resolved to the layers that were left. A weight that several modules share is clustered
-    once and stays shared. Raises ValueError naming the parameter for NaN, Inf or an empty weight, or where the model is
-    quantized already; the model is then as it was.
+    sample_weight: importance of each weight, {module name: (rows, cols) not negative}, default all equal; allocation and
+    weighting "fisher" need it, see `sensitivity.importance`. eigenvalues: largest one of the Hessian of each weight,
+    {module name: value}, for allocation "hessian". progress: a progress bar; None shows one where the work is long.
+    Returns the config with `skip` resolved to the layers that were left and, where there was a budget, `module_bits` to the
+    bits chosen. A weight that several modules share is clustered once and stays shared. Raises ValueError naming the parameter
+    for NaN, Inf or an empty weight, where the model is quantized already, where the config needs figures that were not given,
+    and BudgetError for a budget that cannot be met, with the smallest possible; the model is then as it was.
     """
     if any(isinstance(module, CodebookModule) for module in model.modules()):
         raise ValueError("model: it is quantized already; use dequantize_ first")
     chosen = plan(model, config)
     if not chosen.bits:
         raise ValueError("model: it has no embedding or linear layer to quantize")
-    names = list(chosen.bits)
-    unknown = set(sample_weight or {}) - set(names)
+    unknown = (set(sample_weight or {}) | set(eigenvalues or {})) - set(chosen.bits)
     if unknown:
-        raise ValueError(f"sample_weight: {sorted(unknown)[0]} is not a weight that is quantized")
+        what = "sample_weight" if unknown & set(sample_weight or {}) else "eigenvalues"
+        raise ValueError(f"{what}: {sorted(unknown)[0]} is not a weight that is quantized")
+    if config.needs_fisher and sample_weight is None:
+        raise ValueError("sample_weight: allocation and weighting 'fisher' need the Fisher diagonal, got none")
+    if config.has_budget:
+        config = _allocated(model, config, chosen, sample_weight or {}, eigenvalues, progress)
+        chosen = plan(model, config)
+    names = list(chosen.bits)
     weights = [cast(Tensor, model.get_submodule(name).weight).detach() for name in names]
-    show = progress if progress is not None else sum(w.numel() for w in weights) > 50_000_000
-    with tqdm(total=sum(w.numel() for w in weights), desc="clustering", unit="w", unit_scale=True, disable=not show) as bar:
-        clustered = cluster_matrices(
+    with _bar("clustering", weights, progress) as bar:
+        encoded = encode_weights(
             weights,
             [chosen.bits[name] for name in names],
-            group_rows=[config.rows_per_codebook(w.shape[0]) for w in weights],
-            scheme=config.scheme,
-            algorithm=config.algorithm,
-            init=config.init,
-            max_iter=config.max_iter,
-            tol=config.tol,
-            seed=config.seed,
-            sample_weight=None if sample_weight is None else [sample_weight.get(name) for name in names],
+            config,
+            importance=None if sample_weight is None else [sample_weight.get(name) for name in names],
             names=[f"{name}.weight" for name in names],
             on_done=lambda i: bar.update(weights[i].numel()) and None,
         )
     modules = swap_empty(model, config)
     with torch.no_grad():
-        for name, result in zip(names, clustered, strict=True):
-            modules[name].codebook.copy_(result.codebook)
-            modules[name].packed.copy_(result.packed)
+        for name, result in zip(names, encoded, strict=True):
+            for part, parameter in modules[name].stored().items():
+                parameter.copy_(getattr(result, part))
     resolved = dataclasses.replace(config, skip=chosen.left)
     if hasattr(model, "hf_quantizer") or hasattr(model, "save_pretrained"):
         _mark_quantized(model, resolved)
     return resolved
+
+
+def _bar(title: str, weights: list[Tensor], progress: bool | None) -> Any:
+    total = sum(weight.numel() for weight in weights)
+    show = progress if progress is not None else total > 50_000_000
+    return tqdm(total=total, desc=title, unit="w", unit_scale=True, disable=not show)
+
+
+def _exactly(name: str, model: nn.Module) -> str:
+    """A pattern for `module_bits` that matches this module only, in the model and in its base model."""
+    prefix = getattr(model, "base_model_prefix", "")
+    optional = f"(?:{re.escape(prefix)}\\.)?" if prefix else ""
+    return f"^{optional}{re.escape(name.removeprefix(f'{prefix}.'))}$"
+
+
+def _allocated(
+    model: nn.Module,
+    config: KMQConfig,
+    chosen: Plan,
+    importance: dict[str, Tensor],
+    eigenvalues: dict[str, float] | None,
+    progress: bool | None,
+) -> KMQConfig:
+    """The config with the bits of every module that had none of its own, so that the model meets the budget."""
+    fixed = {name for name, members in chosen.members.items() if any(config.bits_for(m)[1] for m in members)}
+    free = [name for name in chosen.bits if name not in fixed]
+    if not free:
+        return config
+    weights = {name: cast(Tensor, model.get_submodule(name).weight).detach() for name in chosen.bits}
+
+    def cost(name: str, bits: int) -> int:
+        rows, cols = weights[name].shape
+        return encoded_bytes(rows, cols, bits, config, weights[name].element_size())
+
+    quantized = {id(model.get_submodule(name).weight) for name in chosen.bits}
+    others = [p for p in model.parameters() if id(p) not in quantized]
+    taken = sum(p.numel() * p.element_size() for p in others) + sum(cost(name, chosen.bits[name]) for name in fixed)
+    if config.size is not None:
+        taken += _header_bound(model, chosen, config)
+        budget = config.size
+    elif config.bits_per_weight is not None:
+        count = sum(p.numel() for p in model.parameters())
+        budget = int(config.bits_per_weight * count / 8)
+    else:
+        budget = taken + sum(cost(name, config.bits) for name in free)
+    costs = [[cost(name, bits) for bits in allocation.BITS] for name in free]
+    least = taken + sum(row[0] for row in costs)
+    if budget < least:
+        raise _too_small(config, least, model)
+    if config.allocation == "uniform":
+        bits = max(b for b in allocation.BITS if taken + sum(row[b - 1] for row in costs) <= budget)
+        choice = [bits - 1] * len(free)
+    elif config.allocation == "hessian":
+        missing = [name for name in free if name not in (eigenvalues or {})]
+        if eigenvalues is None or missing:
+            raise ValueError(f"eigenvalues: allocation 'hessian' needs one for every module, none for {missing[0]}")
+        choice = allocation.by_eigenvalue(costs, [eigenvalues[name] for name in free], budget - taken)
+    else:
+        weigh = [importance.get(name) for name in free] if config.allocation == "fisher" else None
+        with _bar("distortion at 1 to 8 bits", [weights[name] for name in free], progress) as bar:
+            curves = allocation.distortion_curves(
+                [weights[name] for name in free],
+                config,
+                importance=weigh,
+                names=[f"{name}.weight" for name in free],
+                on_done=lambda i: bar.update(weights[free[i]].numel()) and None,
+            )
+        choice = allocation.least_error(costs, curves.tolist(), budget - taken)
+    found = {_exactly(name, model): allocation.BITS[c] for name, c in zip(free, choice, strict=True)}
+    return dataclasses.replace(config, module_bits={**(config.module_bits or {}), **found})
+
+
+def _too_small(config: KMQConfig, least: int, model: nn.Module) -> allocation.BudgetError:
+    if config.size is not None:
+        return allocation.BudgetError(f"size: the smallest possible for this model is {least} bytes, got {config.size}")
+    smallest = 8 * least / sum(p.numel() for p in model.parameters())
+    return allocation.BudgetError(
+        f"bits_per_weight: the smallest possible for this model is {smallest:.4f}, got {config.bits_per_weight}"
+    )
+
+
+def _header_bound(model: nn.Module, chosen: Plan, config: KMQConfig) -> int:
+    """Bytes that the header of the safetensors file can take at most."""
+    digits = len(str(sum(p.numel() * p.element_size() for p in model.parameters())))
+    fixed = len('"":{"dtype":"BF16","shape":[],"data_offsets":[,]},') + 2 * digits
+    stored = 2 + config.row_scale + 2 * (config.outlier_fraction > 0)
+    total = 128  # length field, metadata, padding
+    for name, parameter in model.named_parameters():
+        parts = stored if name.removesuffix(".weight") in chosen.bits else 1
+        total += parts * (len(name) + len("outlier_values") + fixed + len(str(list(parameter.shape))))
+    return total
 
 
 def _mark_quantized(model: Any, config: KMQConfig) -> None:
@@ -230,7 +331,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
             made[id(module)] = _plain(module, weight).train(module.training)
         new[name] = made[id(module)]
     _replace(model, new)
-    _retie(model, set(new), packed=False)
+    _retie(model, new)
     config = getattr(model, "config", None)
     if new and getattr(config, "quantization_config", None) is not None:
         del cast(Any, config).quantization_config
@@ -253,18 +354,22 @@ def _plain(module: CodebookModule, weight: nn.Parameter) -> nn.Module:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSize:
-    """What a model takes: `weights` counts the values it stands for, each shared one once; bytes are those of the state dict."""
+    """What a model takes: `weights` counts the values it stands for, each shared one once; bytes are those of the state dict.
+
+    codebook_bytes: codebooks and row factors; outlier_bytes: exactly kept values and their positions.
+    """
 
     weights: int
     quantized_weights: int
     index_bytes: int
     codebook_bytes: int
+    outlier_bytes: int
     other_bytes: int
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all parameters."""
-        return self.index_bytes + self.codebook_bytes + self.other_bytes
+        return self.index_bytes + self.codebook_bytes + self.outlier_bytes + self.other_bytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -279,18 +384,23 @@ class ModelSize:
 
 def model_size(model: nn.Module) -> ModelSize:
     """Counts the parameters of a model, quantized or not; a parameter that stands at several places counts once."""
-    indices: dict[int, CodebookModule] = {}
-    codebooks: set[int] = set()
+    found: dict[int, CodebookModule] = {}
     for module in model.modules():
         if isinstance(module, CodebookModule):
-            indices.setdefault(id(module.packed), module)
-            codebooks.add(id(module.codebook))
-    others = [p for p in model.parameters() if id(p) not in indices and id(p) not in codebooks]
-    quantized = sum(module.rows * module.cols for module in indices.values())
+            found.setdefault(id(module.packed), module)
+    parts = [(name, parameter) for module in found.values() for name, parameter in module.stored().items()]
+    stored = {id(parameter) for _, parameter in parts}
+    others = [p for p in model.parameters() if id(p) not in stored]
+    quantized = sum(module.rows * module.cols for module in found.values())
+
+    def taken(*kinds: str) -> int:
+        return sum(p.numel() * p.element_size() for name, p in parts if name in kinds)
+
     return ModelSize(
         weights=quantized + sum(p.numel() for p in others),
         quantized_weights=quantized,
-        index_bytes=sum(module.packed.numel() for module in indices.values()),
-        codebook_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if id(p) in codebooks),
+        index_bytes=taken("packed"),
+        codebook_bytes=taken("codebook", "row_scale"),
+        outlier_bytes=taken("outlier_index", "outlier_values"),
         other_bytes=sum(p.numel() * p.element_size() for p in others),
     )

@@ -12,7 +12,8 @@ from .packing import pack, unpack
 
 __all__ = [
     "assign", "codebook_embedding", "codebook_embedding_grad", "codebook_grad", "codebook_linear", "codebook_linear_grad",
-    "codebook_linear_input_grad", "dequantize", "pack", "unpack", "update",
+    "codebook_linear_input_grad", "dequantize", "pack", "sparse_embedding", "sparse_embedding_grad", "sparse_linear",
+    "sparse_linear_grad", "sparse_linear_input_grad", "unpack", "update",
 ]  # fmt: skip
 
 
@@ -113,3 +114,86 @@ def codebook_embedding_grad(
         rows = book == g
         out[g] = torch.stack([torch.where(index[rows] == k, grad[rows], 0.0).sum() for k in range(num_centroids)])
     return out.to(wide(grad_output.dtype))
+
+
+# A sparse weight (rows, cols): `index` (n,) int32, ascending flat positions, and `values` (n,). Sums run along segments of
+# neighbouring entries or in a dense product, both in a fixed order; no atomics on any device.
+
+_FEW_ROWS = 64  # of an input: up to here gathering the entries is cheaper than a dense product
+
+
+def _dense(index: Tensor, values: Tensor, rows: int, cols: int) -> Tensor:
+    return values.new_zeros(rows * cols).index_put((index.long(),), values).view(rows, cols)
+
+
+def _segment_sums(terms: Tensor, segment: Tensor, segments: int) -> Tensor:
+    """Sums (segments, M) of the rows of terms (n, M) whose `segment` (n,), ascending, is alike."""
+    ends = torch.searchsorted(segment.contiguous(), torch.arange(segments + 1, device=segment.device))
+    return torch.segment_reduce(terms.contiguous(), "sum", offsets=ends, axis=0, unsafe=True)
+
+
+def sparse_linear(input: Tensor, index: Tensor, values: Tensor, rows: int) -> Tensor:
+    """input (..., cols) @ sparse.T -> (..., rows), computed in fp32 (fp64 for fp64 input), rounded once to input's dtype."""
+    cols, compute = input.shape[-1], wide(input.dtype)
+    x, v = input.reshape(-1, cols).to(compute), values.to(compute)
+    if x.shape[0] > _FEW_ROWS:
+        out = x @ _dense(index, v, rows, cols).T
+    else:
+        row, col = index.long().div(cols, rounding_mode="floor"), index.long() % cols
+        out = _segment_sums(x.T[col] * v[:, None], row, rows).T
+    return out.reshape(*input.shape[:-1], rows).to(input.dtype)
+
+
+def sparse_linear_input_grad(grad_output: Tensor, index: Tensor, values: Tensor, cols: int) -> Tensor:
+    """grad_output (..., rows) @ sparse -> (..., cols), in grad_output's dtype."""
+    rows, compute = grad_output.shape[-1], wide(grad_output.dtype)
+    grad, v = grad_output.reshape(-1, rows).to(compute), values.to(compute)
+    if grad.shape[0] > _FEW_ROWS:
+        out = grad @ _dense(index, v, rows, cols)
+    else:
+        col, order = (index.long() % cols).sort(stable=True)
+        row = index.long()[order].div(cols, rounding_mode="floor")
+        out = _segment_sums(grad.T[row] * v[order][:, None], col, cols).T
+    return out.reshape(*grad_output.shape[:-1], cols).to(grad_output.dtype)
+
+
+def sparse_linear_grad(grad_output: Tensor, input: Tensor, index: Tensor) -> Tensor:
+    """Gradient (n,) of the sparse values: the entries at `index` of grad_output.T @ input, in fp32 (fp64 for fp64)."""
+    rows, cols = grad_output.shape[-1], input.shape[-1]
+    compute = wide(torch.promote_types(grad_output.dtype, input.dtype))
+    grad, x = grad_output.reshape(-1, rows).to(compute), input.reshape(-1, cols).to(compute)
+    if x.shape[0] > _FEW_ROWS:
+        return (grad.T @ x).view(-1)[index.long()]
+    row, col = index.long().div(cols, rounding_mode="floor"), index.long() % cols
+    return (grad.T[row] * x.T[col]).sum(1)
+
+
+def _entries_of(ids: Tensor, index: Tensor, cols: int) -> tuple[Tensor, Tensor]:
+    """For flat row numbers (T,): which of them, and which entry of the sparse weight, for every entry in one of these rows."""
+    wide_index, start = index.long().contiguous(), ids.long() * cols
+    first, last = torch.searchsorted(wide_index, start), torch.searchsorted(wide_index, start + cols)
+    count = last - first
+    which = torch.repeat_interleave(count)
+    entry = torch.arange(len(which), device=ids.device) - (count.cumsum(0) - count - first)[which]
+    return which, entry
+
+
+def sparse_embedding(ids: Tensor, index: Tensor, values: Tensor, cols: int, padding_idx: int) -> Tensor:
+    """Rows `ids` (any shape) of the sparse weight -> (*ids.shape, cols) in the dtype of values.
+
+    `padding_idx` matters to the gradient only.
+    """
+    flat = ids.reshape(-1)
+    which, entry = _entries_of(flat, index, cols)
+    out = values.new_zeros(len(flat), cols)
+    return out.index_put((which, index.long()[entry] % cols), values[entry]).view(*ids.shape, cols)
+
+
+def sparse_embedding_grad(grad_output: Tensor, ids: Tensor, index: Tensor, padding_idx: int) -> Tensor:
+    """Gradient (n,) of the sparse values from grad_output (*ids.shape, cols), in fp32 (fp64); `padding_idx` gives nothing."""
+    cols, flat = grad_output.shape[-1], ids.reshape(-1)
+    which, entry = _entries_of(flat, index, cols)
+    terms = grad_output.reshape(-1, cols)[which, index.long()[entry] % cols].to(wide(grad_output.dtype))
+    entry, order = entry.sort(stable=True)
+    terms = torch.where(flat[which[order]] == padding_idx, 0.0, terms[order])
+    return _segment_sums(terms[:, None], entry, len(index))[:, 0]

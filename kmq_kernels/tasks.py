@@ -162,8 +162,9 @@ def load_task(
     """The task by `name`, or made of `train_file` and `validation_file` (which need no name).
 
     name: "banking77", or a GLUE task in any usual spelling ("sst2", "SST-2", ...) with `data_dir`, the folder of its files or
-    the folder that holds GLUE's folders. text_columns: one column, or two for sentence pairs. In own files, labels are classes
-    in sorted order; a number with a fraction anywhere in the training file's label column makes a regression.
+    the folder that holds GLUE's folders ("SST-2" or "sst2", ...). text_columns: one column, or two for sentence pairs. In own
+    files, labels are classes in sorted order; a number with a fraction anywhere in the training file's label column makes a
+    regression.
     Raises TaskError for everything that is wrong with the name or the files.
     """
     key = (name or "").lower().replace("-", "").replace("_", "")
@@ -257,8 +258,10 @@ def _glue(name: str, data_dir: Path) -> Task:
     layout = GLUE[name]
     if not data_dir.is_dir():
         raise TaskError(f"The data folder {data_dir} does not exist.")
-    if (data_dir / layout.folder).is_dir():
-        data_dir = data_dir / layout.folder
+    for folder in (layout.folder, name):
+        if (data_dir / folder).is_dir():
+            data_dir = data_dir / folder
+            break
     train_file, evaluation_files = "train.tsv", layout.evaluation_files
     if name == "mrpc" and not (data_dir / train_file).exists() and (data_dir / "msr_paraphrase_train.txt").exists():
         train_file, evaluation_files = "msr_paraphrase_train.txt", {"test": "msr_paraphrase_test.txt"}
