@@ -103,11 +103,11 @@ def least_error(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]
     lower bound of everything that can follow it is above the best total known, so few are left. Raises BudgetError where no
     choice fits, with the smallest budget that would.
     """
+    if not len(costs):
+        return []
     cost_table, error_table = np.asarray(costs, np.int64), np.asarray(errors, np.float64)
     if cost_table.ndim != 2 or cost_table.shape != error_table.shape:
         raise ValueError(f"errors: expected the shape of costs {cost_table.shape}, got {error_table.shape}")
-    if not len(cost_table):
-        return []
     if not (np.isfinite(error_table).all() and (error_table >= 0).all()):
         raise ValueError("errors: expected finite numbers, none negative")
     _expect_budget(cost_table, budget)
@@ -159,20 +159,21 @@ def by_eigenvalue(costs: Sequence[Sequence[int]], eigenvalues: Sequence[float], 
     """For every module the number of its choice (0 for 1 bit to 7 for 8 bits), more for a larger eigenvalue.
 
     With b bits the error of a weight falls like 4**-b, and the loss by at most eigenvalue * error / 2; equal shares of all
-    modules need bits = c + log2(eigenvalue) / 2. c is the largest one that fits the budget. eigenvalues: of the Hessian of each
-    module, at least 0. Raises BudgetError like `least_error`.
+    modules need bits = c + log2(eigenvalue) / 2. c grows until nothing more fits the budget; no module ever has more bits than
+    one with a larger eigenvalue. eigenvalues: of the Hessian of each module, at least 0. Raises BudgetError like `least_error`.
     """
     table = np.asarray(costs, np.int64)
     _expect_budget(table, budget)
-    choice = [0] * len(table)
+    values = np.asarray(eigenvalues, np.float64)
+    choice = np.zeros(len(table), np.int64)
     spent = int(table[:, 0].sum())
     steps = []
     for i, value in enumerate(eigenvalues):
         height = 0.5 * math.log2(max(value, 1e-30))
         steps += [(b + 0.5 - height, i, b) for b in range(1, table.shape[1])]
     for _, i, b in sorted(steps):
-        spent += int(table[i, b] - table[i, choice[i]])
-        if spent > budget:
-            break
-        choice[i] = b
-    return choice
+        more = int(table[i, b] - table[i, choice[i]])
+        # A step that does not fit is left out; what follows stays below a module that missed one.
+        if b == choice[i] + 1 and spent + more <= budget and (choice[values > values[i]] >= b).all():
+            choice[i], spent = b, spent + more
+    return [int(c) for c in choice]

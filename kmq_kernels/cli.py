@@ -35,6 +35,22 @@ class Granularity(str, enum.Enum):
     group = "group"
 
 
+class Allocation(str, enum.Enum):
+    """How modules get their bits."""
+
+    uniform = "uniform"
+    distortion = "distortion"
+    fisher = "fisher"
+    hessian = "hessian"
+
+
+class Weighting(str, enum.Enum):
+    """What weighs the values in the clustering."""
+
+    none = "none"
+    fisher = "fisher"
+
+
 class GradReduction(str, enum.Enum):
     """Gradient of a centroid."""
 
@@ -72,13 +88,22 @@ def _task(
 def run(
     model: ModelArg = "minilm",
     out: OutOption = Path("kmq-run"),
-    task: TaskOption = None,
+    task: Annotated[list[str] | None, typer.Option(help="banking77 or GLUE names; may be repeated. [default: banking77]")] = None,
     bits: Annotated[list[int] | None, typer.Option(help="Bits of an index, 1 to 8; may be repeated. [default: 4]")] = None,
     scheme: Annotated[list[Scheme] | None, typer.Option(help="May be given several times. [default: kmeans]")] = None,
     granularity: Granularity = Granularity.tensor,
     group_rows: Annotated[int, typer.Option(help="Rows of a group.")] = 8,
-    preset: Annotated[str | None, typer.Option(help="'paper': the source's method as written.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A system of the source: paper, linear, int8 or hessian.")] = None,
     grad_reduction: Annotated[GradReduction | None, typer.Option(help="Gradient of a centroid. [default: sum]")] = None,
+    allocation: Annotated[Allocation | None, typer.Option(help="How modules get their bits. [default: uniform]")] = None,
+    bits_per_weight: Annotated[float | None, typer.Option(help="Budget: bits per weight of the whole model.")] = None,
+    size: Annotated[str | None, typer.Option(help="Budget: bytes of the weight file, such as 30MB.")] = None,
+    weighting: Annotated[Weighting, typer.Option(help="What weighs the values in the clustering.")] = Weighting.none,
+    outlier_fraction: Annotated[float, typer.Option(help="Share of each weight that is kept exactly.")] = 0.0,
+    row_scale: Annotated[bool, typer.Option(help="A factor for each row beside the shared codebook.")] = False,
+    distill: Annotated[bool, typer.Option(help="Stage 3 also follows the stage-1 model.")] = False,
+    compare: Annotated[str | None, typer.Option(help="List of configurations: a JSON file, or 'standard'.")] = None,
+    seeds: Annotated[int, typer.Option(help="Repeat everything with so many seeds, from --seed on.", min=1)] = 1,
     steps: Steps = 450,
     second_steps: Annotated[int, typer.Option(help="Optimizer steps of stage 3 and of the control.")] = 30,
     batch_size: Batch = 32,
@@ -88,6 +113,9 @@ def run(
     max_length: MaxLength = 64,
     seed: Seed = 0,
     control: Annotated[bool, typer.Option(help="Also fine-tune the fp32 model for the steps of stage 3.")] = True,
+    fisher_batches: Annotated[int, typer.Option(help="Batches of 4 texts for the Fisher diagonal.", min=1)] = 400,
+    hessian_batches: Annotated[int, typer.Option(help="Batches of 8 texts for the Hessian eigenvalues.", min=1)] = 2,
+    keep_models: Annotated[bool | None, typer.Option(help="Keep the weights. [default: not with --compare or --seeds]")] = None,
     data_dir: DataDir = None,
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
@@ -95,32 +123,100 @@ def run(
     label_column: LabelColumn = "label",
 ) -> None:
     """Fine-tune, cluster, fine-tune again: a table and OUTPUT/results.json. The same command again resumes."""
+    from . import report as reports
     from .config import KMQConfig
-    from .pipeline import Run, TrainingSettings
+    from .pipeline import (
+        Comparison,
+        PipelineError,
+        SensitivitySettings,
+        TrainingSettings,
+        Variant,
+        read_variants,
+        standard_variants,
+    )
 
-    options: dict[str, Any] = {"granularity": granularity.value, "group_rows": group_rows, "preset": preset, "seed": seed}
-    if grad_reduction is not None:
-        options["grad_reduction"] = grad_reduction.value
-    configs = {}
-    for kind in scheme or [Scheme.kmeans]:
-        for width in bits or [4]:
-            configs[f"{preset or kind.value}-{width}bit"] = KMQConfig(**{"bits": width, "scheme": kind.value, **options})
+    options: dict[str, Any] = {
+        "granularity": granularity.value,
+        "group_rows": group_rows,
+        "preset": preset,
+        "bits_per_weight": bits_per_weight,
+        "size": None if size is None else _bytes("size", size),
+        "weighting": weighting.value,
+        "outlier_fraction": outlier_fraction,
+        "row_scale": row_scale,
+    }
+    options |= {} if grad_reduction is None else {"grad_reduction": grad_reduction.value}
+    options |= {} if allocation is None else {"allocation": allocation.value}
+    if compare is None:
+        kinds, widths = scheme or [Scheme.kmeans], bits or ([8] if preset == "int8" else [4])
+        configs = [KMQConfig(**{"bits": width, "scheme": kind.value, **options}) for kind in kinds for width in widths]
+        variants = [Variant(_name(config), config, distill=distill) for config in configs]
+    elif compare == "standard":
+        variants = standard_variants(bits or (1, 2, 3, 4, 8))
+    else:
+        variants = read_variants(Path(compare))
+    names = [variant.name for variant in variants]
+    if doubled := next((name for name in names if names.count(name) > 1), None):
+        raise PipelineError(f"{doubled}: asked for twice")
     lengths = {"batch_size": batch_size, "max_length": max_length}
-    shared: dict[str, Any] = {**lengths, "codebook_lr_mult": codebook_lr_mult, "seed": seed}
-    pipeline = Run(
+    shared: dict[str, Any] = {**lengths, "codebook_lr_mult": codebook_lr_mult}
+    comparison = Comparison(
         model=model,
-        task=_task(task, data_dir, train_file, validation_file, text_column, label_column),
+        tasks=[
+            _task(name, data_dir, train_file, validation_file, text_column, label_column)
+            for name in (list(dict.fromkeys(task)) if task else [None])
+        ],
         out=out,
-        configs=configs,
+        variants=variants,
+        seeds=range(seed, seed + seeds),
         stage1=TrainingSettings(steps=steps, learning_rate=learning_rate, **shared),
         stage3=TrainingSettings(steps=second_steps, learning_rate=second_learning_rate, **shared),
-        control=control,
         command=["kmq", *sys.argv[1:]],
         announce=lambda text: console.print(f"[bold]{text}[/bold]"),
+        sensitivity=SensitivitySettings(fisher_batches=fisher_batches, hessian_batches=hessian_batches),
+        control=control,
     )
-    results = pipeline()
-    console.print(results_table(results))
-    console.print(f"written: {out / 'results.json'}")
+    if compare is None and seeds == 1 and len(comparison.tasks) == 1:
+        single = comparison.run_of(comparison.tasks[0], seed, out)
+        single.keep_models = keep_models is not False
+        console.print(results_table(single()))
+        console.print(f"written: {out / 'results.json'}")
+        return
+    comparison.keep_models = keep_models is True
+    comparison()
+    for table in reports.summaries(reports.collect(out)):
+        console.print(_summary_table(table))
+    console.print(f"written: {reports.write_report(out)}")
+
+
+def _name(config: Any) -> str:
+    """The folder of a configuration of `run`: what tells it from the others that one command can ask for."""
+    name = f"{config.preset or config.scheme}-{config.bits}bit"
+    if config.has_budget:
+        budget = f"-{config.bits_per_weight:g}bpw" if config.bits_per_weight else f"-{config.size}bytes" if config.size else ""
+        name = f"{config.preset or config.scheme}-{config.allocation}{budget or f'-{config.bits}bit'}"
+    return name
+
+
+def _summary_table(summary: Any) -> Table:
+    """The table of a comparison: mean and standard error over the seeds."""
+    table = Table(title=summary.title)
+    for number, column in enumerate(summary.columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in summary.rows:
+        table.add_row(*row)
+    return table
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of `kmq run`, with or without --compare.")],
+    out: Annotated[Path | None, typer.Option("-o", "--output", help="File to write. [default: FOLDER/report.html]")] = None,
+) -> None:
+    """One self-contained HTML page of what was run: accuracy against size, bits and distortion, weights, training, conditions."""
+    from . import report as reports
+
+    console.print(f"written: {reports.write_report(folder, out)}")
 
 
 def results_table(results: dict[str, Any]) -> Table:
@@ -135,7 +231,7 @@ def results_table(results: dict[str, Any]) -> Table:
         return f"{facts['bits_per_weight']:.2f}", f"{facts['bytes_on_disk'] / 1e6:.2f}", f"{facts['ratio']:.2f}x"
 
     def value(facts: dict[str, Any]) -> str:
-        return f"{facts['metrics'][metric]:.4f}"
+        return "" if facts is None else f"{facts['metrics'][metric]:.4f}"
 
     first, control = results["stage1"], results["control"]
     table.add_row(f"fp32 ({first['seconds']:.0f} s)", value(first), "", *size(first), "", "")
@@ -143,7 +239,10 @@ def results_table(results: dict[str, Any]) -> Table:
         table.add_row("fp32, control", "", value(control), *size(control), "", f"{control['seconds']:.0f}")
     for name, stages in results["quantized"].items():
         second, third = stages["stage2"], stages["stage3"]
-        table.add_row(name, value(second), value(third), *size(third), f"{second['seconds']:.1f}", f"{third['seconds']:.0f}")
+        table.add_row(
+            name, value(second), value(third), *size(third or second), f"{second['seconds']:.1f}",
+            "" if third is None else f"{third['seconds']:.0f}",
+        )  # fmt: skip
     return table
 
 
@@ -414,7 +513,7 @@ def inspect(
                 "shape": [module.rows, module.cols],
                 "bits": module.bits,
                 "codebooks": module.codebook.shape[0],
-                "bytes": module.packed.numel() + module.codebook.numel() * module.codebook.element_size(),
+                "bytes": sum(part.numel() * part.element_size() for part in module.stored().values()),
             }
             for name, module in network.named_modules()
             if isinstance(module, CodebookModule)

@@ -66,7 +66,7 @@ class KMQConfig(QuantizationConfigMixin):
         codebooks and everything left in floating point. Default: the size that `bits` for all would have.
     weighting: "fisher" weighs each value in the clustering with its entry of the Fisher diagonal, see `sensitivity`.
     outlier_fraction: share of each weight, below 0.5, that is kept exactly, as sparse values: those that add most to the
-        (weighted) variance of the weight.
+        squared deviation from the mean, weighted where the clustering is.
     row_scale: a factor for each row, so that rows of different spread can share a codebook (granularity "tensor", "group").
     algorithm, init, max_iter, tol, seed: see `kmeans`.
     grad_reduction: gradient of a centroid in fine-tuning, from those of its members: "sum" (the chain rule) or "mean".

@@ -147,18 +147,16 @@ def _encode_split(weight: Tensor, bits: int, config: KMQConfig, importance: Tens
         best = (kept * wide * decoded).sum(1) / (kept * decoded.square()).sum(1)
         scale = torch.where(best.isfinite(), best, scale)
         decoded = decoded * scale[:, None]
-    exact = None
+    index = exact = None
     if len(outliers):
-        exact = _difference(wide.view(-1)[outliers], decoded.view(-1)[outliers])
-        decoded.view(-1)[outliers] += exact
-    index = outliers.int() if len(outliers) else None
+        index, exact = outliers.int(), wide.view(-1)[outliers]
+        decoded.view(-1)[outliers] = exact
     return EncodedWeight(result.codebook, result.packed, scale, index, exact, _error(wide, decoded, importance))
 
 
 def _outliers(weight: Tensor, importance: Tensor, count: int) -> Tensor:
-    """Ascending flat positions (count,) of the values that add most to the weighted variance of the weight."""
-    mean = (weight.double() * importance).sum() / importance.sum(dtype=torch.float64).clamp_min(1e-300)
-    share = (weight - mean.float()).square() * importance
+    """Ascending flat positions (count,) of the values that add most to the weighted squared deviation from the mean."""
+    share = (weight - weight.mean()).square() * importance
     return share.view(-1).topk(count).indices.sort().values
 
 
@@ -177,11 +175,3 @@ def _linear_without(values: Tensor, inside: Tensor, bits: int, config: KMQConfig
     counts = ops.codebook_grad(inside.double(), result.packed, 2**bits, **books)
     means = (sums / counts.clamp_min(1)).float()
     return result._replace(codebook=torch.where(counts > 0, means, result.codebook))
-
-
-def _difference(exact: Tensor, decoded: Tensor) -> Tensor:
-    """d with decoded + d == exact in floating point, where there is one: `exact - decoded` may be off by a rounding."""
-    difference = exact - decoded
-    for _ in range(3):
-        difference = difference + (exact - (decoded + difference))
-    return difference

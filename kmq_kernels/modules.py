@@ -17,9 +17,9 @@ class CodebookModule(nn.Module):
     """A weight (rows, cols) kept as `codebook` (G, K), trainable, and `packed` (rows, row_bytes) uint8, fixed.
 
     Row r uses codebook r // group_rows. With grad_reduction "mean" the gradient of a centroid is divided by the number of its
-    members; with "sum" it is the chain rule's. Where asked for, `row_scale` (rows,) multiplies the decoded rows, and then
-    `outlier_values` (n,) are added at the ascending flat positions `outlier_index` (n,) int32. Both train like a bias: a
-    factor or a value that stands for one weight needs no other treatment than that weight had.
+    members; with "sum" it is the chain rule's. Where asked for, `row_scale` (rows,) multiplies the decoded rows, and
+    `outlier_values` (n,) stand at the ascending flat positions `outlier_index` (n,) int32 instead of what is decoded there.
+    Both train like a bias: a factor, or a value that stands for one weight, needs no other treatment than that weight had.
     """
 
     codebook: nn.Parameter
@@ -60,16 +60,31 @@ class CodebookModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight (rows, cols) decoded, differentiable in the codebook; costs a decode at every access."""
-        if self.codebook.is_meta or self.packed.is_meta:  # from_pretrained looks at it before all is loaded
+        if any(part.is_meta for part in self.stored().values()):  # from_pretrained looks at it before all is loaded
             return torch.empty(self.rows, self.cols, device="meta", dtype=self.codebook.dtype)
         weight = ops.dequantize(self.packed, self.trained_codebook(), self.cols, group_rows=self.group_rows)
         if self.row_scale is not None:
             weight = weight * self.row_scale[:, None]
         if self.outlier_values is not None and self.outlier_index is not None:
-            index = self.outlier_index.long()
-            flat = weight.reshape(-1)
-            weight = flat.index_put((index,), flat[index] + self.outlier_values).view(self.rows, self.cols)
+            flat = weight.reshape(-1).index_put((self.outlier_index.long(),), self.outlier_values)
+            weight = flat.view(self.rows, self.cols)
         return weight
+
+    def _added(self, codebook: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What is added to the decoded weight, sparse: outlier_index and (n,) differences; None without outliers.
+
+        A codebook has no zero to leave out, so a place with an exact value decodes to its nearest centroid, too. The
+        difference takes this back, and with it the gradient that the centroid got from there.
+        """
+        if self.outlier_values is None or self.outlier_index is None:
+            return None
+        index = self.outlier_index.long()
+        row, col = index.div(self.cols, rounding_mode="floor"), index % self.cols
+        centroid = packing.take(self.packed, self.bits, row, col)
+        decoded = codebook[row.div(self.group_rows, rounding_mode="floor"), centroid]
+        if self.row_scale is not None:
+            decoded = decoded * self.row_scale[row]
+        return self.outlier_index, self.outlier_values - decoded
 
     def stored(self) -> dict[str, nn.Parameter]:
         """The parameters that make up the weight, by name: what a checkpoint holds of it, and what tied modules share."""
@@ -128,13 +143,14 @@ class CodebookLinear(CodebookModule):
         device = input.device.type
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(device))
+        codebook = self.trained_codebook()
         if self.row_scale is None and self.outlier_values is None:
-            return ops.codebook_linear(input, self.packed, self.trained_codebook(), self.bias, group_rows=self.group_rows)
-        out = ops.codebook_linear(input, self.packed, self.trained_codebook(), None, group_rows=self.group_rows)
+            return ops.codebook_linear(input, self.packed, codebook, self.bias, group_rows=self.group_rows)
+        out = ops.codebook_linear(input, self.packed, codebook, None, group_rows=self.group_rows)
         if self.row_scale is not None:
             out = out * self.row_scale.to(out.dtype)
-        if self.outlier_values is not None and self.outlier_index is not None:
-            out = out + ops.sparse_linear(input, self.outlier_index, self.outlier_values, self.rows)
+        if (added := self._added(codebook)) is not None:
+            out = out + ops.sparse_linear(input, *added, self.rows)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
@@ -167,15 +183,14 @@ class CodebookEmbedding(CodebookModule):
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
+        codebook = self.trained_codebook()
         out = ops.codebook_embedding(
-            ids, self.packed, self.trained_codebook(), self.cols, group_rows=self.group_rows, padding_idx=self.padding_idx
+            ids, self.packed, codebook, self.cols, group_rows=self.group_rows, padding_idx=self.padding_idx
         )
         if self.row_scale is not None:
             out = out * F.embedding(ids, self.row_scale[:, None], self.padding_idx)
-        if self.outlier_values is not None and self.outlier_index is not None:
-            out = out + ops.sparse_embedding(
-                ids, self.outlier_index, self.outlier_values, self.cols, padding_idx=self.padding_idx
-            )
+        if (added := self._added(codebook)) is not None:
+            out = out + ops.sparse_embedding(ids, *added, self.cols, padding_idx=self.padding_idx)
         return out
 
     def extra_repr(self) -> str:

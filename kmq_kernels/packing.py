@@ -71,3 +71,18 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
         start += LANES * width
         shift += width
     return fields.reshape(*batch, blocks * BLOCK)[..., :numel].contiguous()
+
+
+def take(packed: Tensor, bits: int, row: Tensor, col: Tensor) -> Tensor:
+    """The indices at single places: packed (rows, row_bytes), row and col (n,) int64 -> (n,) int64."""
+    field, lane = (col % BLOCK).div(LANES, rounding_mode="floor"), col % LANES
+    block = col.div(BLOCK, rounding_mode="floor") * LANES * bits
+    out = torch.zeros_like(col)
+    start = shift = 0
+    for width in PLANES[bits]:
+        per_byte = 8 // width
+        byte = packed[row, block + start + lane * width + field.div(per_byte, rounding_mode="floor")].long()
+        out |= ((byte >> (field % per_byte * width)) & (2**width - 1)) << shift
+        start += LANES * width
+        shift += width
+    return out

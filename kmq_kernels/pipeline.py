@@ -238,8 +238,8 @@ class SensitivitySettings:
     fisher_batch_size: int = 4
     damping: float = 0.1
     hessian_batches: int = 2
-    hessian_batch_size: int = 16
-    hessian_iterations: int = 6
+    hessian_batch_size: int = 8
+    hessian_iterations: int = 5
 
 
 def calibration_batches(
@@ -660,23 +660,26 @@ class Comparison:
 
     def __call__(self) -> list[dict[str, Any]]:
         """Runs what is not finished yet, seed by seed, and returns the results of all runs."""
-        return [self._run(task, seed)() for seed in self.seeds for task in self.tasks]
+        pairs = [(task, seed) for seed in self.seeds for task in self.tasks]
+        return [self.run_of(task, seed, self.out / task.name / f"seed{seed}")() for task, seed in pairs]
 
-    def _run(self, task: Task, seed: int) -> Run:
+    def run_of(self, task: Task, seed: int, out: Path) -> Run:
+        """The run of one task and seed, in the folder `out`."""
+
         def stage3(variant: Variant) -> TrainingSettings | None:
             return dataclasses.replace(self.stage3, seed=seed, distill=variant.distill) if variant.stage3 else None
 
         return Run(
             model=self.model,
             task=task,
-            out=self.out / task.name / f"seed{seed}",
+            out=out,
             configs={v.name: dataclasses.replace(v.config, seed=seed) for v in self.variants},
             stage1=dataclasses.replace(self.stage1, seed=seed),
             stage3=dataclasses.replace(self.stage3, seed=seed),
             stage3_of={v.name: stage3(v) for v in self.variants if v.distill or not v.stage3},
             control=self.control,
             command=self.command,
-            announce=lambda text: self.announce(f"{task.name}, seed {seed}: {text}"),
+            announce=lambda text: self.announce(text if out == self.out else f"{task.name}, seed {seed}: {text}"),
             sensitivity=self.sensitivity,
             keep_models=self.keep_models,
         )

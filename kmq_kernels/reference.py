@@ -141,7 +141,7 @@ def sparse_linear(input: Tensor, index: Tensor, values: Tensor, rows: int) -> Te
     else:
         row, col = index.long().div(cols, rounding_mode="floor"), index.long() % cols
         out = _segment_sums(x.T[col] * v[:, None], row, rows).T
-    return out.reshape(*input.shape[:-1], rows).to(input.dtype)
+    return out.contiguous().view(*input.shape[:-1], rows).to(input.dtype)
 
 
 def sparse_linear_input_grad(grad_output: Tensor, index: Tensor, values: Tensor, cols: int) -> Tensor:
@@ -154,7 +154,7 @@ def sparse_linear_input_grad(grad_output: Tensor, index: Tensor, values: Tensor,
         col, order = (index.long() % cols).sort(stable=True)
         row = index.long()[order].div(cols, rounding_mode="floor")
         out = _segment_sums(grad.T[row] * v[order][:, None], col, cols).T
-    return out.reshape(*grad_output.shape[:-1], cols).to(grad_output.dtype)
+    return out.contiguous().view(*grad_output.shape[:-1], cols).to(grad_output.dtype)
 
 
 def sparse_linear_grad(grad_output: Tensor, input: Tensor, index: Tensor) -> Tensor:

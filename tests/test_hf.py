@@ -42,6 +42,30 @@ def test_save_and_reload_are_bit_equal(family, ids, tmp_path):
     torch.testing.assert_close(again(ids).logits, logits)
 
 
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_outliers_and_row_factors_are_saved_tied_and_trained(family, ids, tmp_path):
+    for head in ("SequenceClassification", "MaskedLM"):
+        model = family_model(family, head)
+        kmq.quantize_(model, kmq.KMQConfig(bits=2, outlier_fraction=0.02, row_scale=True))
+        model.save_pretrained(tmp_path / head)
+        again = kmq.load(tmp_path / head).eval()
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        for name, module in again.named_modules():
+            if isinstance(module, CodebookModule):
+                stored = model.get_submodule(name).stored()
+                assert all(torch.equal(value, stored[part]) for part, value in module.stored().items()), name
+        if head == "MaskedLM":
+            one, other = again.get_input_embeddings(), again.get_output_embeddings()
+            assert all(value is other.stored()[part] for part, value in one.stored().items())
+            again(ids, labels=ids).loss.backward()
+            assert one.outlier_values.grad.abs().sum() > 0
+    half = AutoModelForSequenceClassification.from_pretrained(tmp_path / "SequenceClassification", dtype=torch.bfloat16)
+    embedding = half.get_input_embeddings()
+    assert (embedding.outlier_index.dtype, embedding.outlier_values.dtype) == (torch.int32, torch.bfloat16)
+    model.dequantize()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 def test_quantize_in_place_saves_like_from_pretrained(packed, ids, tmp_path):
     model = family_model("bert")
     kmq.quantize_(model, kmq.KMQConfig(bits=3))
@@ -173,7 +197,7 @@ import kmq_kernels as kmq
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=int(sys.argv[1]), world_size=2)
 model = family_model("bert")
-kmq.quantize_(model, kmq.KMQConfig(bits=3))
+kmq.quantize_(model, kmq.KMQConfig(bits=3, **eval(sys.argv[4])))
 ids = torch.randint(5, 120, (4, 12), generator=torch.Generator().manual_seed(3))
 labels = torch.arange(4) % 3
 ddp = torch.nn.parallel.DistributedDataParallel(model)
@@ -189,13 +213,14 @@ print("same gradients")
 """
 
 
-def test_ddp_gradient_is_that_of_the_whole_batch(tmp_path):
+@pytest.mark.parametrize("options", ["{}", "{'outlier_fraction': 0.02, 'row_scale': True}"])
+def test_ddp_gradient_is_that_of_the_whole_batch(tmp_path, options):
     from pathlib import Path
 
     tests = str(Path(__file__).parent)
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", DDP, str(rank), tests, str(tmp_path / "rendezvous")],
+            [sys.executable, "-c", DDP, str(rank), tests, str(tmp_path / "rendezvous"), options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )

@@ -129,3 +129,52 @@ def test_gradient_checkpointing_and_double_use():
     out = checkpoint(module, torch.tanh(checkpoint(module, x, use_reentrant=False)), use_reentrant=False)
     out.sum().backward()
     assert torch.equal(module.codebook.grad, grad)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("row_scale", [False, True])
+@pytest.mark.parametrize("group_rows", [None, 4])
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_outliers_and_row_factors_equal_dense(bits, group_rows, row_scale, reduction):
+    options = {"group_rows": group_rows, "row_scale": row_scale, "outliers": 9, "dtype": torch.float64}
+    layer = kmq.CodebookLinear(37, 10, bits, grad_reduction=reduction, **options)
+    rows = kmq.CodebookEmbedding(10, 37, bits, grad_reduction=reduction, padding_idx=3, **options)
+    with torch.no_grad():
+        for module in (layer, rows):
+            module.codebook.normal_()
+            module.packed.copy_(kmq.pack(torch.randint(0, 2**bits, (10, 37), dtype=torch.uint8), bits))
+            module.outlier_index.copy_(torch.randperm(370)[:9].sort().values)
+            module.outlier_values.normal_()
+            if row_scale:
+                module.row_scale.normal_()
+    x, ids = torch.randn(6, 37, dtype=torch.float64, requires_grad=True), torch.randint(0, 10, (5, 8))
+    for module, ours, dense in (
+        (layer, lambda: layer(x), lambda: F.linear(x, layer.weight, layer.bias)),
+        (rows, lambda: rows(ids), lambda: F.embedding(ids, rows.weight, padding_idx=3)),
+    ):
+        out, expected = ours(), dense()
+        torch.testing.assert_close(out, expected)
+        parameters = [p for p in module.stored().values() if p.requires_grad] + ([x] if module is layer else [])
+        g = torch.randn_like(out)
+        for a, b in zip(torch.autograd.grad(out, parameters, g), torch.autograd.grad(expected, parameters, g), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_outliers_and_row_factors_compile_fullgraph():
+    options = {"row_scale": True, "outliers": 5}
+    for module, x in (
+        (kmq.CodebookLinear(37, 10, 3, **options), torch.randn(3, 37)),
+        (kmq.CodebookEmbedding(20, 8, 3, **options), torch.randint(0, 20, (3, 4))),
+    ):
+        with torch.no_grad():
+            module.codebook.normal_()
+            module.outlier_index.copy_(torch.arange(5))
+            module.outlier_values.normal_()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), module(x))
+        compiled(x).sum().backward()
+        grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+        module.zero_grad()
+        module(x).sum().backward()
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, module.get_parameter(name).grad)

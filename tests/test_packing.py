@@ -59,3 +59,10 @@ def test_opcheck():
 def test_row_bytes_has_no_waste_beyond_the_block():
     assert [packing.row_bytes(768, bits) for bits in BITS] == [96 * bits for bits in BITS]
     assert np.prod(kmq.pack(torch.zeros(1, 129, dtype=torch.uint8), 5).shape) == 2 * 80
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_take_is_unpack_at_single_places(bits):
+    assignments = torch.randint(0, 2**bits, (7, 300), dtype=torch.uint8)
+    row, col = torch.randint(0, 7, (90,)), torch.randint(0, 300, (90,))
+    assert torch.equal(packing.take(packing.pack(assignments, bits), bits, row, col), assignments[row, col].long())
