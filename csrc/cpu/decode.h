@@ -365,7 +365,8 @@ struct Decoder512 {
       for (int bit = 5; bit < bits; ++bit) {
         const __mmask16 upper = _mm512_movepi32_mask(_mm512_slli_epi32(index, 31 - bit));
 #pragma GCC unroll 4
-        for (int t = 0; t < kTables >> (bit - 3); ++t) found[t] = _mm512_mask_mov_ps(found[2 * t], upper, found[2 * t + 1]);
+        for (int t = 0; t < 4; ++t)
+          if (t < kTables >> (bit - 3)) found[t] = _mm512_mask_mov_ps(found[2 * t], upper, found[2 * t + 1]);
       }
       return found[0];
     }
