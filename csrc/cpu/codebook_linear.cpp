@@ -1,10 +1,9 @@
 // The linear layer on packed weights. Which way is taken depends on M, the rows of the input:
 //
 //   small M   every packed row is decoded in registers and multiplied with up to kFusedRows input rows at once
-//   else      kBlockRows packed rows x kDepth columns are decoded into the second-level cache and multiplied by gemm_tile
+//   else      panels of the weight are decoded into the cache and multiplied by the tiles of gemm.h
 //
-// Both cut OUT into blocks of kBlockRows rows, and the order of additions within a block depends on M and IN alone, so the
-// result is the same for any number of threads.
+// The order of additions depends on M and on the columns of the weight alone, so the result is the same for any number of threads.
 #include <vector>
 
 #include "decode.h"
@@ -13,10 +12,10 @@
 namespace kmq::cpu {
 namespace {
 
-constexpr int64_t kBlockRows = 48;
-constexpr int64_t kChunkM = 512;      // rows of the input that share one decoded block
-constexpr int64_t kStripLd = kDepth + 16;  // of the rows of a left operand: rows of one tile in different cache sets
-constexpr int64_t kFewPanels = 4;
+constexpr int64_t kDotRows = 48;  // rows of the weight that are one task of the fused way
+constexpr int64_t kColumns = 64;  // columns of the output that are one task of codebook_linear
+constexpr int64_t kFewRows = 32;  // of the input: they stay in the first-level cache, and panels are decoded one by one beside them,
+constexpr int64_t kFewDepth = 128;  // so deep
 constexpr int64_t kGrainWork = 1 << 19;  // multiplications (a decoded weight counts as 8) that are worth a thread
 
 template <typename F>
@@ -209,12 +208,12 @@ void fused(const T* input, const Packed& packed, const float* codebook, int64_t 
     interleaved = owned.get();
   }
   const int64_t depth = std::max(kBlock, kFusedInput / M / kBlock * kBlock);
-  const int64_t grain = ceil_div(kGrainWork, kBlockRows * (cols + 1) * (M + 8));
-  parallel(ceil_div(packed.rows, kBlockRows), grain, [&](int64_t begin_block, int64_t end_block) {
-    float sums[kBlockRows * M];
+  const int64_t grain = ceil_div(kGrainWork, kDotRows * (cols + 1) * (M + 8));
+  parallel(ceil_div(packed.rows, kDotRows), grain, [&](int64_t begin_block, int64_t end_block) {
+    float sums[kDotRows * M];
     for (int64_t b = begin_block; b < end_block; ++b) {
-      const int64_t row = b * kBlockRows, rows = std::min(kBlockRows, packed.rows - row);
-      if (cols == 0) std::fill(sums, sums + kBlockRows * M, 0.0f);
+      const int64_t row = b * kDotRows, rows = std::min(kDotRows, packed.rows - row);
+      if (cols == 0) std::fill(sums, sums + kDotRows * M, 0.0f);
       for (int64_t col = 0; col < cols; col += depth) {
         const Region region{nullptr, row, rows, col, std::min(depth, cols - col), 0};
         with_small(packed.bits, [&](auto bits) {
@@ -229,107 +228,76 @@ void fused(const T* input, const Packed& packed, const float* codebook, int64_t 
 }
 
 template <typename T>
-KMQ_AVX2 void write_out_avx2(const float* block, int64_t ld, int64_t rows, int64_t m_count, const float* bias, T* output,
-                             int64_t output_ld) {
-  for (int64_t m = 0; m < m_count; m += 8) {
-    for (int64_t i = 0; i < rows; i += 8) {
-      if (m + 8 <= m_count && i + 8 <= rows) {
-        __m256 r[8];
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) r[j] = _mm256_loadu_ps(block + (i + j) * ld + m);
-        transpose8(r);
-        const __m256 add = bias ? _mm256_loadu_ps(bias + i) : _mm256_setzero_ps();
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) store8(output + (m + j) * output_ld + i, _mm256_add_ps(r[j], add));
-      } else {
-        for (int64_t j = m; j < std::min(m + 8, m_count); ++j)
-          for (int64_t k = i; k < std::min(i + 8, rows); ++k)
-            narrow(block[k * ld + j] + (bias ? bias[k] : 0.0f), output[j * output_ld + k]);
-      }
-    }
-  }
-}
-
-template <typename T>
-KMQ_AVX512 void write_out_avx512(const float* block, int64_t ld, int64_t rows, int64_t m_count, const float* bias, T* output,
-                                 int64_t output_ld) {
-  for (int64_t i = 0; i < rows; i += 16) {
-    const __mmask16 here = first_lanes(rows - i);
-    const __m512 add = bias ? _mm512_maskz_loadu_ps(here, bias + i) : _mm512_setzero_ps();
-    for (int64_t m = 0; m < m_count; m += 16) {
-      const __mmask16 mask = first_lanes(m_count - m);
-      __m512 r[16];
-#pragma GCC unroll 16
-      for (int j = 0; j < 16; ++j) r[j] = _mm512_maskz_loadu_ps(i + j < rows ? mask : __mmask16(0), block + (i + j) * ld + m);
-      transpose16(r);
-#pragma GCC unroll 16
-      for (int j = 0; j < 16; ++j)
-        if (m + j < m_count) store16(output + (m + j) * output_ld + i, _mm512_add_ps(r[j], add), here);
-    }
-  }
+KMQ_AVX2 void narrow_avx2(const float* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) store8(to + i, _mm256_loadu_ps(from + i));
+  for (; i < count; ++i) narrow(from[i], to[i]);
 }
 
 #endif  // KMQ_X86
 
-// output[m, i] = block[i, m] + bias[i]
 template <typename T>
-void write_out(const float* block, int64_t ld, int64_t rows, int64_t m_count, const float* bias, T* output, int64_t output_ld) {
+void narrow_row(const float* from, int64_t count, T* to) {
 #ifdef KMQ_X86
-  if (avx512()) return write_out_avx512(block, ld, rows, m_count, bias, output, output_ld);
-  if (avx2()) return write_out_avx2(block, ld, rows, m_count, bias, output, output_ld);
+  if (avx2()) return narrow_avx2(from, count, to);
 #endif
-  for (int64_t m = 0; m < m_count; ++m)
-    for (int64_t i = 0; i < rows; ++i) narrow(block[i * ld + m] + (bias ? bias[i] : 0.0f), output[m * output_ld + i]);
+  for (int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
 }
 
-// The tile's left operand is the decoded weight, as rows, and its right operand the input, so that decoded registers are stored
-// as they come; the transposed result is turned when it is written.
-template <typename Gemm, typename T>
-void tiled(const T* input, int64_t M, const Packed& packed, const float* codebook, int64_t group_rows, const float* bias, T* output,
-           const Parallel& parallel) {
-  constexpr int64_t R = Gemm::kRows, W = Gemm::kCols;
-  static_assert(kBlockRows % (2 * R) == 0);
-  const int64_t cols = packed.cols, panels = ceil_div(M, W), last_m = M - (panels - 1) * W;
-  const bool last_half = last_m <= W / 2;  // the last panel has half the width
-  const int64_t ld = panels * W;
-  // Few panels: the rows of one tile, used while they are in the first-level cache. Many: a panel stays there for all rows.
-  const int64_t step = panels <= kFewPanels ? 2 * R : kBlockRows;
-  const auto right = scratch(std::max<int64_t>(1, ld * cols));  // panel p, columns from k on: right + (p * cols + k) * W
-  parallel(panels, ceil_div(kGrainWork, 16 * (cols + 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const T* from = input + p * W * cols;
-      float* to = right.get() + p * W * cols;
-      if (p == panels - 1 && last_half) Gemm::template pack_rows<W / 2>(from, cols, last_m, cols, to);
-      else Gemm::template pack_rows<W>(from, cols, std::min(W, M - p * W), cols, to);
+// Asks for the packed rows that are decoded next: they are far apart, which the hardware does not foresee.
+inline void prefetch_rows(const Packed& packed, int64_t row, int64_t rows, int64_t first_col, int64_t cols) {
+  const int64_t begin = first_col / kBlock * kLanes * packed.bits, bytes = ceil_div(cols, kBlock) * kLanes * packed.bits;
+  for (int64_t i = row; i < std::min(row + rows, packed.rows); ++i)
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(packed.data + i * packed.row_bytes() + begin + at);
+}
+
+// Rows of a left operand lie so far apart that those of one tile fall in different cache sets; panels likewise.
+template <typename Gemm>
+constexpr int64_t kStripLd = Gemm::kDepth + 16;
+template <typename Gemm>
+constexpr int64_t kPanelLd = Gemm::kDepth * Gemm::kCols + 16;
+
+// out [M, N] = left [M, K] @ right [K, N] + bias, where decode(k, depth, column, columns, panels) writes depth steps of the panels
+// of some columns of the right operand, kPanelLd floats apart. Tasks are `unit` columns; `least` columns can be decoded at once.
+template <typename Gemm, typename T, typename Decode>
+void multiply(const T* left, int64_t M, int64_t K, int64_t N, int64_t unit, int64_t least, const float* bias, T* out, const Decode& decode,
+              const Parallel& parallel) {
+  constexpr int64_t W = Gemm::kCols, strip_ld = kStripLd<Gemm>, panel_ld = kPanelLd<Gemm>;
+  constexpr bool direct = std::is_same_v<T, float>;
+  static_assert(Gemm::kWide % kBlock == 0 && kBlock % W == 0 && Gemm::kDepth % kBlock == 0);
+  const bool few = M <= kFewRows;
+  const int64_t wide = few ? least : Gemm::kWide, cut = few ? kFewDepth : Gemm::kDepth, strip = round_up(few ? M : 1, 12);
+  const int64_t grain = ceil_div(kGrainWork, unit * (K + 1) * (M + 8));
+  parallel(ceil_div(N, unit), grain, [&](int64_t begin_unit, int64_t end_unit) {
+    const int64_t begin = begin_unit * unit, end = std::min(N, end_unit * unit);
+    const int64_t panels_size = wide / W * panel_ld, strip_size = strip * strip_ld;
+    float* const panels = workspace(panels_size + strip_size + (direct ? 0 : M * (end - begin)));
+    float *const rows = panels + panels_size, *c = rows + strip_size;
+    int64_t ld = end - begin;
+    if constexpr (direct) {
+      c = out + begin;
+      ld = N;
     }
-  });
-  const int64_t grain = ceil_div(kGrainWork, kBlockRows * (cols + 1) * (M + 8));
-  parallel(ceil_div(packed.rows, kBlockRows), grain, [&](int64_t begin_block, int64_t end_block) {
-    const auto left = scratch(kBlockRows * kStripLd), result = scratch(kBlockRows * ld);
-    std::fill(left.get(), left.get() + kBlockRows * kStripLd, 0.0f);
-    for (int64_t b = begin_block; b < end_block; ++b) {
-      const int64_t row = b * kBlockRows, rows = std::min(kBlockRows, packed.rows - row);
-      if (cols == 0) std::fill(result.get(), result.get() + kBlockRows * ld, 0.0f);
-      for (int64_t col = 0; col < cols; col += kDepth) {
-        const int64_t depth = std::min(kDepth, cols - col);
-        for (int64_t first = 0; first < rows; first += step) {
-          const int64_t last = std::min(first + step, rows);
-          float* decoded = left.get() + first * kStripLd;
-          decode_rows(packed, codebook, group_rows, Region{nullptr, row + first, last - first, col, depth, kStripLd}, decoded);
-          for (int64_t p = 0; p < panels; ++p) {
-            const bool half = p == panels - 1 && last_half;
-            const float* panel = right.get() + p * W * cols + col * (half ? W / 2 : W);
-            for (int64_t i = first; i < last; i += half ? 2 * R : R) {
-              const float* a = left.get() + i * kStripLd;
-              float* c = result.get() + i * ld + p * W;
-              if (half) Gemm::template tile<2 * R, W / 2, kStripLd, 1>(depth, a, panel, c, ld, rows - i, W / 2, col > 0);
-              else Gemm::template tile<R, W, kStripLd, 1>(depth, a, panel, c, ld, rows - i, W, col > 0);
-            }
-          }
+    std::fill(rows, rows + strip_size, 0.0f);  // a tile reads rows that its tail lacks
+    for (int64_t k = 0; k == 0 || k < K; k += cut) {
+      const int64_t depth = std::min(cut, K - k);
+      if (few)
+        for (int64_t m = 0; m < M; ++m) widen(left + m * K + k, depth, rows + m * strip_ld);
+      for (int64_t first = begin; first < end; first += wide) {
+        const int64_t last = std::min(end, first + wide);
+        decode(k, depth, first, last - first, panels);
+        for (int64_t m = 0, here; m < M; m += here) {
+          here = Gemm::rows_of_next(M - m);
+          if (!few)
+            for (int64_t i = 0; i < here; ++i) widen(left + (m + i) * K + k, depth, rows + i * strip_ld);
+          for (int64_t j = first; j < last; j += W)
+            Gemm::template tile<strip_ld, 1>(here, depth, rows + (few ? m * strip_ld : 0), panels + (j - first) / W * panel_ld,
+                                             c + m * ld + j - begin, ld, last - j, bias ? bias + j : nullptr, k > 0);
         }
       }
-      write_out(result.get(), ld, rows, M, bias ? bias + row : nullptr, output + row, packed.rows);
     }
+    if constexpr (!direct)
+      for (int64_t m = 0; m < M; ++m) narrow_row(c + m * ld, ld, out + m * N + begin);
   });
 }
 
@@ -343,61 +311,37 @@ void linear(const T* input, int64_t M, const Packed& packed, const float* codebo
       else fused<DotAvx2, rows()>(input, packed, codebook, group_rows, bias, output, parallel);
     });
 #endif
-  with_gemm([&](auto gemm) {
-    for (int64_t m = 0; m < M; m += kChunkM)
-      tiled<decltype(gemm)>(input + m * packed.cols, std::min(kChunkM, M - m), packed, codebook, group_rows, bias,
-                            output + m * packed.rows, parallel);
+  with_gemm([&](auto path) {
+    using Gemm = decltype(path);
+    constexpr int64_t W = Gemm::kCols;
+    const auto decode = [&](int64_t k, int64_t depth, int64_t row, int64_t rows, float* panels) {
+      for (int64_t i = 0; i < rows; i += W, panels += kPanelLd<Gemm>) {
+        const int64_t lanes = std::min(W, rows - i);
+        prefetch_rows(packed, row + i + W, W, k, depth);
+        if (decode_panel<W>(packed, codebook, group_rows, row + i, lanes, k, depth, panels)) continue;
+        float strip[W * kStripLd<Gemm>];
+        decode_rows(packed, codebook, group_rows, Region{nullptr, row + i, lanes, k, depth, kStripLd<Gemm>}, strip);
+        Gemm::template pack_rows<W>(strip, kStripLd<Gemm>, lanes, depth, panels);
+      }
+    };
+    multiply<Gemm>(input, M, packed.cols, packed.rows, kColumns, W, bias, output, decode, parallel);
   });
 }
 
-// One block of kBlock columns is decoded over kDepth rows into panels, the right operand; grad_output is the left, as rows.
-template <typename Gemm, typename T>
+template <typename T>
 void input_grad(const T* grad_output, int64_t M, const Packed& packed, const float* codebook, int64_t group_rows, T* grad_input,
                 const Parallel& parallel) {
-  constexpr int64_t R = Gemm::kRows, W = Gemm::kCols, kPanels = kBlock / W, kPanelLd = kDepth * W + 16;
-  const int64_t strips = ceil_div(M, R), OUT = packed.rows, cols = packed.cols, chunks = ceil_div(OUT, kDepth);
-  const auto left = scratch(strips * chunks * R * kStripLd);  // [chunk][strip][R][kStripLd]
-  parallel(strips, ceil_div(kGrainWork, 16 * (OUT + 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s)
-      for (int64_t chunk = 0; chunk < chunks; ++chunk)
-        for (int64_t i = 0; i < R; ++i) {
-          float* to = left.get() + ((chunk * strips + s) * R + i) * kStripLd;
-          const int64_t m = s * R + i, depth = std::min(kDepth, OUT - chunk * kDepth);
-          if (m < M) widen(grad_output + m * OUT + chunk * kDepth, depth, to);
-          else std::fill(to, to + depth, 0.0f);
-        }
-  });
-  const int64_t grain = ceil_div(kGrainWork, kBlock * (OUT + 1) * (M + 8));
-  parallel(ceil_div(cols, kBlock), grain, [&](int64_t begin_block, int64_t end_block) {
-    constexpr bool direct = std::is_same_v<T, float>;
-    const auto right = scratch(kPanels * kPanelLd), result = scratch(direct ? 1 : M * kBlock);
-    for (int64_t b = begin_block; b < end_block; ++b) {
-      const int64_t col = b * kBlock, width = std::min(kBlock, cols - col);
-      float* c = result.get();
-      int64_t ld = kBlock;
-      if constexpr (direct) {
-        c = grad_input + col;
-        ld = cols;
+  with_gemm([&](auto path) {
+    using Gemm = decltype(path);
+    constexpr int64_t W = Gemm::kCols;
+    const auto decode = [&](int64_t k, int64_t depth, int64_t col, int64_t cols, float* panels) {
+      float weights[Gemm::kWide] = {};
+      for (int64_t i = 0; i < depth; ++i) {
+        decode_rows(packed, codebook, group_rows, Region{nullptr, k + i, 1, col, cols, 0}, weights);
+        for (int64_t j = 0; j < cols; j += W) std::memcpy(panels + j / W * kPanelLd<Gemm> + i * W, weights + j, W * sizeof(float));
       }
-      if (OUT == 0)
-        for (int64_t m = 0; m < M; ++m) std::fill(c + m * ld, c + m * ld + width, 0.0f);
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t row = chunk * kDepth, depth = std::min(kDepth, OUT - row);
-        float weights[kBlock] = {};
-        for (int64_t k = 0; k < depth; ++k) {
-          decode_rows(packed, codebook, group_rows, Region{nullptr, row + k, 1, col, width, 0}, weights);
-          for (int64_t p = 0; p < kPanels; ++p)
-            std::memcpy(right.get() + p * kPanelLd + k * W, weights + p * W, W * sizeof(float));
-        }
-        for (int64_t p = 0; p * W < width; ++p)
-          for (int64_t s = 0; s < strips; ++s)
-            Gemm::template tile<R, W, kStripLd, 1>(depth, left.get() + (chunk * strips + s) * R * kStripLd, right.get() + p * kPanelLd,
-                                                   c + s * R * ld + p * W, ld, M - s * R, width - p * W, row > 0);
-      }
-      if constexpr (!direct)
-        for (int64_t m = 0; m < M; ++m)
-          for (int64_t j = 0; j < width; ++j) narrow(c[m * ld + j], grad_input[m * cols + col + j]);
-    }
+    };
+    multiply<Gemm>(grad_output, M, packed.rows, packed.cols, kBlock, kBlock, nullptr, grad_input, decode, parallel);
   });
 }
 
@@ -417,12 +361,7 @@ void codebook_linear_input_grad(const void* grad_output, Dtype dtype, int64_t M,
   if (M == 0 || packed.cols == 0) return;
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    const int64_t OUT = packed.rows;
-    for (int64_t m = 0; m < M; m += kChunkM)
-      with_gemm([&](auto gemm) {
-        input_grad<decltype(gemm)>(static_cast<const T*>(grad_output) + m * OUT, std::min(kChunkM, M - m), packed, codebook,
-                                   group_rows, static_cast<T*>(grad_input) + m * packed.cols, parallel);
-      });
+    input_grad(static_cast<const T*>(grad_output), M, packed, codebook, group_rows, static_cast<T*>(grad_input), parallel);
   });
 }
 

@@ -30,7 +30,8 @@ void multiply(const Problem<T>& p, int64_t out, int64_t rows, int64_t in, int64_
     for (int64_t j = 0; j < cols; j += W) Gemm::template pack_cols<W>(right + j, p.IN, std::min(W, cols - j), depth, b + j * depth);
     for (int64_t j = 0; j < cols; j += W)
       for (int64_t i = 0; i < rows; i += R)
-        Gemm::template tile<R, W, 1, R>(depth, a + i * depth, b + j * depth, tile + i * kTileIn + j, kTileIn, rows - i, cols - j, m > 0);
+        Gemm::template tile<1, R>(std::min(R, rows - i), depth, a + i * depth, b + j * depth, tile + i * kTileIn + j, kTileIn, cols - j,
+                                  nullptr, m > 0);
   }
 }
 
