@@ -93,6 +93,8 @@ def test_same_bytes_for_tied_heads(family, tmp_path, ids):
         {"bits": 4, "granularity": "row"},
         {"bits": 3, "granularity": "group", "group_rows": 5},
         {"preset": "paper", "bits": 4},
+        {"preset": "int8"},
+        {"bits": 3, "outlier_fraction": 0.01, "row_scale": True},
         {"bits": 4, "skip": [r"encoder\.layer\.1"], "module_bits": {"query": 2, "classifier": 8}},
     ],
 )

@@ -29,9 +29,10 @@ ALLOWED = {
     "tasks": set(),
     "pipeline": {"quantize", "modules", "config", "hf", "sensitivity", "tasks"},
     "report": set(),
+    "cli_options": set(),
+    "cli_checkpoint": {"checkpoint", "checkpoint_plan", "cli_options", "config", "pipeline", "ranks"},
     "cli": {
-        "checkpoint", "checkpoint_plan", "config", "hf", "modules", "ops", "pipeline", "quantize", "ranks", "report", "tasks",
-        "tensor_files",
+        "cli_checkpoint", "cli_options", "config", "hf", "modules", "ops", "pipeline", "quantize", "ranks", "report", "tasks",
     },
 }
 
