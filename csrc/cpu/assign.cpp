@@ -37,7 +37,7 @@ void assign(const void* values, Dtype dtype, const void* centroids, int64_t batc
         const std::vector<float> midpoints = midpoints_of<float>(centroids, problem, num_centroids);
         double error[8] = {};
         Labeller(midpoints.data(), static_cast<const float*>(centroids) + problem * num_centroids, num_centroids)
-            .run(from, dtype, nullptr, last - first, index, error);
+            .run(from, dtype, nullptr, last - first, 0, index, error);
       }
       task = next;
     }

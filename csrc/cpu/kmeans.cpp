@@ -1,19 +1,23 @@
 // The scheduler: all problems of all matrices, spread over threads across problems and inside large ones.
+//
+// A large problem is opened, its segments are counted, it is solved, its pieces are labelled. Each of these is a task; a thread
+// takes the task that finishes what was begun before one that begins something, so that few histograms are alive and the values
+// are labelled while they may still be in the cache. Small problems follow, a run of them a task.
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cmath>
+#include <condition_variable>
+#include <deque>
+#include <exception>
 #include <memory>
+#include <mutex>
 
-#include "encode.h"
 #include "kmeans.h"
 
 namespace kmq::cpu {
 namespace {
 
-constexpr int64_t kSmall = 16384;       // values; below, sorting costs less than clearing and reading a histogram
-constexpr int64_t kWaveSegments = 16;   // histograms alive at a time: 0.3 MB each, 0.6 MB with weights
-constexpr int64_t kPiece = 65536;       // values labelled by one task, whose errors are summed as one
+constexpr int64_t kRun = 32;       // small problems of one task
+constexpr int64_t kPiece = 65536;  // values labelled by one task, whose errors are summed as one
 
 struct Problem {
   KmeansMatrix* matrix;
@@ -40,34 +44,27 @@ std::vector<Piece> pieces_of(const Problem& problem) {
   return out;
 }
 
-// Labels one piece; returns its weighted squared error, and marks the centroids that have members where asked to.
-double label(const Problem& problem, const Labeller& labeller, const Piece& piece, bool* used) {
+// Labels one piece; returns its weighted squared error.
+double label(const Problem& problem, const Labeller& labeller, const Piece& piece) {
   const KmeansMatrix& matrix = *problem.matrix;
-  const int64_t item = matrix.dtype == Dtype::f32 ? 4 : 2;
+  const int64_t item = matrix.dtype == Dtype::f32 ? 4 : 2, row_bytes = Packed{nullptr, matrix.rows, matrix.cols, matrix.bits}.row_bytes();
   double error[8] = {};
-  const auto run = [&](int64_t at, int64_t n, uint8_t* index) {
-    labeller.run(static_cast<const char*>(matrix.values) + at * item, matrix.dtype,
-                 matrix.sample_weight ? matrix.sample_weight + at : nullptr, n, index, error);
-    if (used)
-      for (int64_t i = 0; i < n; ++i) used[index[i]] = true;
-  };
   for (int64_t r = 0; r < piece.rows; ++r) {
     const int64_t row = problem.first_row + piece.row + r, at = row * matrix.cols + piece.col;
-    if (matrix.bits == 0) {
-      run(at, piece.cols, matrix.labels + at);
-      continue;
-    }
-    const int64_t block_bytes = kLanes * matrix.bits;
-    uint8_t* block = matrix.labels + (row * ((matrix.cols + kBlock - 1) / kBlock) + piece.col / kBlock) * block_bytes;
-    for (int64_t col = 0; col < piece.cols; col += kBlock, block += block_bytes) {
-      uint8_t index[kBlock] = {};
-      run(at + col, std::min(kBlock, piece.cols - col), index);
-      encode_block(index, matrix.bits, block);
-    }
+    uint8_t* out = matrix.labels + (matrix.bits ? row * row_bytes + piece.col / kBlock * (kLanes * matrix.bits) : at);
+    labeller.run(static_cast<const char*>(matrix.values) + at * item, matrix.dtype, matrix.sample_weight ? matrix.sample_weight + at : nullptr,
+                 piece.cols, matrix.bits, out, error);
   }
   double sum = 0;
   for (const double lane : error) sum += lane;
   return sum;
+}
+
+Labeller labeller_of(const Problem& problem) {
+  float midpoints[256];
+  const float* c = problem.centroids();
+  for (int k = 0; k + 1 < problem.matrix->num_centroids; ++k) midpoints[k] = (c[k + 1] + c[k]) / 2;
+  return Labeller(midpoints, c, problem.matrix->num_centroids);
 }
 
 void store(const Problem& problem, const Solution& solution) {
@@ -83,13 +80,6 @@ void store_inertia(const Problem& problem, double lower_bound, double inertia) {
   problem.matrix->bound[problem.group] = bound;
 }
 
-Labeller labeller_of(const Problem& problem) {
-  float midpoints[256];
-  const float* c = problem.centroids();
-  for (int k = 0; k + 1 < problem.matrix->num_centroids; ++k) midpoints[k] = (c[k + 1] + c[k]) / 2;
-  return Labeller(midpoints, c, problem.matrix->num_centroids);
-}
-
 // A cluster of three points has a value inside its cell whatever the spread of its points; so has one of a point without spread.
 bool surely_used(const Points& points, const Solution& solution) {
   if (points.spread.empty()) return true;
@@ -100,108 +90,175 @@ bool surely_used(const Points& points, const Solution& solution) {
   return true;
 }
 
-KmeansFault solve_sorted(const Problem& problem, const KmeansOptions& options, double& lower_bound) {
-  Points points;
-  const KmeansFault fault = sorted_points(problem.values(), problem.matrix->dtype, problem.weight(), problem.size(), points);
-  if (fault != KmeansFault::none) return fault;
-  const Solution solution = solve(points, problem.matrix->num_centroids, options);
-  store(problem, solution);
-  lower_bound = solution.lower_bound;
-  return fault;
+// Whether every centroid is the nearest one of some value.
+bool all_used(const Problem& problem, const Labeller& labeller) {
+  const KmeansMatrix& matrix = *problem.matrix;
+  const int64_t item = matrix.dtype == Dtype::f32 ? 4 : 2, n = problem.size();
+  bool used[256] = {};
+  uint8_t index[1024];
+  double error[8] = {};
+  for (int64_t i = 0; i < n; i += 1024) {
+    const int64_t count = std::min<int64_t>(1024, n - i);
+    labeller.run(static_cast<const char*>(problem.values()) + i * item, matrix.dtype, nullptr, count, 0, index, error);
+    for (int64_t j = 0; j < count; ++j) used[index[j]] = true;
+  }
+  return std::find(used, used + matrix.num_centroids, false) == used + matrix.num_centroids;
 }
 
-// Calls body(i) for each i in [0, n), each thread taking the next one when it is free.
-void each(int64_t n, const Parallel& parallel, const std::function<void(int64_t)>& body) {
-  std::atomic<int64_t> next{0};
-  parallel(n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t turn = begin; turn < end; ++turn) body(next++);
-  });
+KmeansFault solve_sorted(const Problem& problem, const KmeansOptions& options, Scratch& scratch, double& lower_bound) {
+  const KmeansFault fault =
+      sorted_points(problem.values(), problem.matrix->dtype, problem.weight(), problem.size(), scratch, scratch.points);
+  if (fault != KmeansFault::none) return fault;
+  solve(scratch.points, problem.matrix->num_centroids, options, scratch, scratch.solution);
+  store(problem, scratch.solution);
+  lower_bound = scratch.solution.lower_bound;
+  return fault;
 }
 
 struct Large {
   Problem problem;
-  std::unique_ptr<Histogram> histogram;
-  double lower_bound = 0;
-  bool check_used = false;
   KmeansFault fault = KmeansFault::none;
+  double lower_bound = 0;
+  std::unique_ptr<Histogram> histogram;
+  std::unique_ptr<Labeller> labeller;
+  std::vector<Piece> pieces;
+  std::vector<double> errors;  // of the pieces, summed in their order
+  int64_t left = 0;            // tasks of the present stage that are not done
 };
 
-struct Task { size_t large; Piece piece; double error; };
+class Schedule {
+ public:
+  Schedule(std::vector<Large>& large, const std::vector<Problem>& small, std::vector<KmeansFault>& small_faults, const KmeansOptions& options)
+      : large_(large), small_(small), small_faults_(small_faults), options_(options),
+        runs_((static_cast<int64_t>(small.size()) + kRun - 1) / kRun),
+        left_(static_cast<int64_t>(large.size()) + runs_) {}
 
-void run_wave(std::vector<Large>& wave, const KmeansOptions& options, const Parallel& parallel) {
-  const bool counted = options.algorithm == KmeansAlgorithm::optimal;
-  std::vector<std::pair<Histogram*, int64_t>> segments;
-  if (counted)
-    for (Large& large : wave) {
-      large.histogram =
-          std::make_unique<Histogram>(large.problem.values(), large.problem.matrix->dtype, large.problem.weight(), large.problem.size());
-      for (int64_t s = 0; s < large.histogram->segments(); ++s) segments.emplace_back(large.histogram.get(), s);
+  // Works until all is done, beside other threads that do the same.
+  void work() {
+    Scratch scratch;
+    try {
+      while (std::function<void(Scratch&)> task = take()) task(scratch);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      failed_ = true;
+      changed_.notify_all();
+      throw;
     }
-  each(static_cast<int64_t>(segments.size()), parallel, [&](int64_t i) { segments[i].first->count(segments[i].second); });
-  each(static_cast<int64_t>(wave.size()), parallel, [&](int64_t i) {
-    Large& large = wave[i];
-    if (!counted) {
-      large.fault = solve_sorted(large.problem, options, large.lower_bound);
+  }
+
+ private:
+  using Task = std::function<void(Scratch&)>;
+
+  Task take() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      if (left_ == 0 || failed_) return nullptr;
+      for (std::deque<Task>* tasks : {&to_label_, &to_count_}) {
+        if (tasks->empty()) continue;
+        Task task = std::move(tasks->front());
+        tasks->pop_front();
+        return task;
+      }
+      if (next_large_ < large_.size()) return [this, i = next_large_++](Scratch& scratch) { open(large_[i], scratch); };
+      if (next_run_ < runs_) return [this, run = next_run_++](Scratch& scratch) { solve_run(run, scratch); };
+      changed_.wait(lock);
+    }
+  }
+
+  // Adds one task for each i in [0, count) of a stage.
+  void add(Large& large, std::deque<Task>& tasks, int64_t count, void (Schedule::*stage)(Large&, int64_t, Scratch&)) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    large.left = count;
+    for (int64_t i = 0; i < count; ++i) tasks.push_back([this, &large, i, stage](Scratch& scratch) { (this->*stage)(large, i, scratch); });
+    changed_.notify_all();
+  }
+
+  // Whether this was the last task of its stage.
+  bool last(Large& large) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return --large.left == 0;
+  }
+
+  void finished() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (--left_ == 0) changed_.notify_all();
+  }
+
+  void open(Large& large, Scratch& scratch) {
+    const Problem& problem = large.problem;
+    if (options_.algorithm != KmeansAlgorithm::optimal) {
+      large.fault = solve_sorted(problem, options_, scratch, large.lower_bound);
+      begin_labels(large);
       return;
     }
-    Points points;
-    large.fault = large.histogram->points(points);
+    large.histogram = std::make_unique<Histogram>(problem.values(), problem.matrix->dtype, problem.weight(), problem.size());
+    add(large, to_count_, large.histogram->segments(), &Schedule::count);
+  }
+
+  void count(Large& large, int64_t segment, Scratch& scratch) {
+    large.histogram->count(segment);
+    if (!last(large)) return;
+    large.fault = large.histogram->points(scratch, scratch.points);
     large.histogram.reset();
-    if (large.fault != KmeansFault::none) return;
-    const Solution solution = solve(points, large.problem.matrix->num_centroids, options);
-    store(large.problem, solution);
-    large.lower_bound = solution.lower_bound;
-    large.check_used = !surely_used(points, solution);
-  });
-  std::vector<Labeller> labellers;
-  std::vector<Task> tasks;
-  std::vector<std::array<bool, 256>> used(wave.size());
-  for (size_t i = 0; i < wave.size(); ++i) {
-    used[i].fill(false);
-    if (wave[i].fault != KmeansFault::none) {
-      if (wave[i].problem.matrix->fault == KmeansFault::none) wave[i].problem.matrix->fault = wave[i].fault;
-      continue;
+    if (large.fault == KmeansFault::none) {
+      solve(scratch.points, large.problem.matrix->num_centroids, options_, scratch, scratch.solution);
+      store(large.problem, scratch.solution);
+      large.lower_bound = scratch.solution.lower_bound;
+      if (!surely_used(scratch.points, scratch.solution) && !all_used(large.problem, labeller_of(large.problem)))
+        solve_sorted(large.problem, options_, scratch, large.lower_bound);  // the bins were too wide for these centroids
     }
-    for (const Piece& piece : pieces_of(wave[i].problem)) tasks.push_back({i, piece, 0});
+    begin_labels(large);
   }
-  for (const Large& large : wave) {
-    if (large.fault != KmeansFault::none) std::fill_n(large.problem.centroids(), large.problem.matrix->num_centroids, 0.0f);
-    labellers.push_back(labeller_of(large.problem));
+
+  void begin_labels(Large& large) {
+    if (large.fault != KmeansFault::none) return finished();
+    large.labeller = std::make_unique<Labeller>(labeller_of(large.problem));
+    large.pieces = pieces_of(large.problem);
+    large.errors.resize(large.pieces.size());
+    add(large, to_label_, static_cast<int64_t>(large.pieces.size()), &Schedule::label_piece);
   }
-  each(static_cast<int64_t>(tasks.size()), parallel, [&](int64_t i) {
-    Task& task = tasks[i];
-    const Large& large = wave[task.large];
-    task.error = label(large.problem, labellers[task.large], task.piece, nullptr);
-  });
-  std::vector<double> inertia(wave.size(), 0.0);
-  for (const Task& task : tasks) inertia[task.large] += task.error;
-  for (size_t i = 0; i < wave.size(); ++i) {
-    Large& large = wave[i];
-    if (large.fault != KmeansFault::none) continue;
-    if (large.check_used) {
-      const int K = large.problem.matrix->num_centroids;
-      for (const Task& task : tasks)
-        if (task.large == i) label(large.problem, labellers[i], task.piece, used[i].data());
-      if (std::find(used[i].begin(), used[i].begin() + K, false) != used[i].begin() + K) {
-        // The bins were too wide for these centroids.
-        solve_sorted(large.problem, options, large.lower_bound);
-        const Labeller labeller = labeller_of(large.problem);
-        inertia[i] = 0;
-        for (const Task& task : tasks)
-          if (task.large == i) inertia[i] += label(large.problem, labeller, task.piece, nullptr);
-      }
+
+  void label_piece(Large& large, int64_t piece, Scratch&) {
+    large.errors[piece] = label(large.problem, *large.labeller, large.pieces[piece]);
+    if (!last(large)) return;
+    double inertia = 0;
+    for (const double error : large.errors) inertia += error;
+    store_inertia(large.problem, large.lower_bound, inertia);
+    finished();
+  }
+
+  // Within a run, a problem tells the next its price; where runs begin does not depend on threads.
+  void solve_run(int64_t run, Scratch& scratch) {
+    scratch.known = Known();
+    for (int64_t i = run * kRun; i < std::min<int64_t>(small_.size(), (run + 1) * kRun); ++i) {
+      const Problem& problem = small_[i];
+      double lower_bound = 0, inertia = 0;
+      small_faults_[i] = solve_sorted(problem, options_, scratch, lower_bound);
+      if (small_faults_[i] != KmeansFault::none) continue;
+      const Labeller labeller = labeller_of(problem);
+      for (const Piece& piece : pieces_of(problem)) inertia += label(problem, labeller, piece);
+      store_inertia(problem, lower_bound, inertia);
     }
-    store_inertia(large.problem, large.lower_bound, inertia[i]);
+    finished();
   }
-  wave.clear();
-}
+
+  std::vector<Large>& large_;
+  const std::vector<Problem>& small_;
+  std::vector<KmeansFault>& small_faults_;
+  const KmeansOptions& options_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Task> to_label_, to_count_;
+  size_t next_large_ = 0;
+  int64_t next_run_ = 0, runs_, left_;
+  bool failed_ = false;
+};
 
 }  // namespace
 
 void kmeans(KmeansMatrix* matrices, int64_t count, const KmeansOptions& options, const Parallel& parallel) {
   std::vector<Problem> small;
-  std::vector<Large> wave;
-  int64_t segments = 0;
+  std::vector<Large> large;
   for (int64_t m = 0; m < count; ++m) {
     KmeansMatrix& matrix = matrices[m];
     matrix.fault = KmeansFault::none;
@@ -209,29 +266,22 @@ void kmeans(KmeansMatrix* matrices, int64_t count, const KmeansOptions& options,
       const Problem problem{&matrix, row / matrix.group_rows, row, std::min(matrix.group_rows, matrix.rows - row)};
       if (problem.size() <= kSmall) {
         small.push_back(problem);
-        continue;
-      }
-      wave.push_back(Large{problem, nullptr});
-      segments += (problem.size() + Histogram::kSegment - 1) / Histogram::kSegment;
-      if (segments >= kWaveSegments) {
-        run_wave(wave, options, parallel);
-        segments = 0;
+      } else {
+        large.emplace_back();
+        large.back().problem = problem;
       }
     }
   }
-  if (!wave.empty()) run_wave(wave, options, parallel);
+  // The largest first, so that the last ones to finish are short.
+  std::stable_sort(large.begin(), large.end(), [](const Large& a, const Large& b) { return a.problem.size() > b.problem.size(); });
   std::vector<KmeansFault> faults(small.size(), KmeansFault::none);
-  each(static_cast<int64_t>(small.size()), parallel, [&](int64_t i) {
-    const Problem& problem = small[i];
-    double lower_bound = 0, inertia = 0;
-    faults[i] = solve_sorted(problem, options, lower_bound);
-    if (faults[i] != KmeansFault::none) return;
-    const Labeller labeller = labeller_of(problem);
-    for (const Piece& piece : pieces_of(problem)) inertia += label(problem, labeller, piece, nullptr);
-    store_inertia(problem, lower_bound, inertia);
-  });
+  Schedule schedule(large, small, faults, options);
+  constexpr int64_t kManyThreads = 1024;
+  parallel(kManyThreads, 1, [&](int64_t, int64_t) { schedule.work(); });
+  for (const Large& one : large)
+    if (one.problem.matrix->fault == KmeansFault::none) one.problem.matrix->fault = one.fault;
   for (size_t i = 0; i < small.size(); ++i)
-    if (faults[i] != KmeansFault::none && small[i].matrix->fault == KmeansFault::none) small[i].matrix->fault = faults[i];
+    if (small[i].matrix->fault == KmeansFault::none) small[i].matrix->fault = faults[i];
 }
 
 }  // namespace kmq::cpu

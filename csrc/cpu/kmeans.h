@@ -3,28 +3,105 @@
 #include <vector>
 
 #include "../kmq.h"
+#include "half.h"
 
 namespace kmq::cpu {
 
-// What a problem is solved on: ascending positions with positive weights. A point is one value of the data, or the mean of
-// several; then `spread` holds, for each point, an upper bound of the weighted squared error of its values around it, and
-// `blur` is how far a value may lie from where the histogram saw it (rounding of its key).
+constexpr int64_t kSmall = 16384;  // values; up to here, a problem is sorted and solved exactly
+
+// What a problem is solved on: ascending positions with positive weights; `w` is empty where all weights are one, and then
+// positions may repeat. A point is one value of the data, or the mean of several; then `spread` holds, for each point, an upper
+// bound of the weighted squared error of its values around it, and `blur` is how far a value may lie from where the histogram
+// saw it (rounding of its key).
 struct Points {
   std::vector<double> x, w, spread;
   double blur = 0;
+  int64_t size() const { return static_cast<int64_t>(x.size()); }
+  void clear();
 };
+
+// Intervals of points: [edges[k], edges[k + 1]) is the k-th.
+using Edges = std::vector<int64_t>;
+
+// Prefix sums of weight, weight * (x - origin) and weight * (x - origin)^2, entry i over the points before i. They are counted
+// from the weighted median outwards: values far out leave the differences near the bulk exact.
+struct Sums {
+  static constexpr int64_t kPad = 16;  // entries that vector loads may touch beyond the last
+  std::vector<double> w, wx, wxx;
+  double origin = 0;
+  int64_t n = 0;
+  const double* reciprocal = nullptr;  // of small numbers, where all weights are one
+
+  void set(const Points& points);
+  void pick(const Sums& all, const Edges& cells);  // those at the edges of cells
+  double weight(int64_t i, int64_t j) const { return w[j] - w[i]; }
+  // Squared error of the points [i, j) around their mean.
+  double cost(int64_t i, int64_t j) const {
+    const double first = wx[j] - wx[i];
+    const double cost = (wxx[j] - wxx[i]) - first * first / (w[j] - w[i]);
+    return cost > 0 ? cost : 0;
+  }
+
+ private:
+  void pad();
+};
+
+// Working memory of best_partition and best_nearby, kept from problem to problem.
+struct PartitionScratch {
+  struct Block { int64_t end, last; };
+  std::vector<double> gain[2];
+  std::vector<Block> blocks;
+  Edges tried, low, high;
+};
+
+// The best partition into `count` intervals, fewer than points. `price` is a guess of what one interval more would save, and
+// `slope` of that saving times the number of intervals over their cost (2 for many points). Returns a price for which nearly this
+// number of intervals is the best, and their cost.
+struct BestPrice { double price, cost; };
+BestPrice best_partition(const Sums& sums, int64_t count, double price, double slope, PartitionScratch& scratch, Edges& edges);
+
+// Among the partitions whose k-th edge lies in [low[k], high[k]], ranges that ascend without overlap, the best one.
+void best_nearby(const Sums& sums, const Edges& low, const Edges& high, PartitionScratch& scratch, Edges& edges);
 
 struct Solution {
   std::vector<double> centroids;   // ascending, num_centroids of them; padded with the largest
-  std::vector<int64_t> edges;      // points [edges[k], edges[k + 1]) made centroid k; empty where the points did not suffice
+  Edges edges;                     // points that made each centroid; empty where the points did not suffice
   int64_t n_iter = 0;
   double lower_bound = 0;          // of the optimum; negative where none is known
 };
 
-Solution solve(const Points& points, int num_centroids, const KmeansOptions& options);
+// What similar problems tell the next one: the ratio of prices found to prices guessed, and the slope of best_partition.
+struct Known { double price_ratio = 1, slope = 2; };
+
+// Working memory of one thread, kept from problem to problem.
+struct Scratch {
+  std::vector<uint64_t> items, others;
+  std::vector<float> wide;
+  Points points;
+  Sums sums, cell_sums;
+  PartitionScratch partition;
+  Solution solution;
+  Known known;
+};
+
+void solve(const Points& points, int num_centroids, const KmeansOptions& options, Scratch& scratch, Solution& solution);
+
+constexpr float kLargest = 3.4028234e38f;
+
+// Unsigned keys in the order of the floats; both zeros get one key, and no finite value has key 0.
+inline uint32_t sort_key(float x) {
+  const uint32_t u = bits_of(x + 0.0f);
+  return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+inline float value_of(uint32_t key) { return float_of(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+
+KmeansFault weight_fault(float weight);
+
+// Appends a point, or adds to the weight of the last one where it is in the same place.
+void add_point(Points& points, double x, double w);
 
 // Points from the sorted values: exact, costs a sort.
-KmeansFault sorted_points(const void* values, Dtype dtype, const float* weight, int64_t n, Points& points);
+KmeansFault sorted_points(const void* values, Dtype dtype, const float* weight, int64_t n, Scratch& scratch, Points& points);
 
 // Points from a histogram of the values: one pass, a fixed amount of memory. Segments of kSegment values can be counted on
 // different threads; their sums are added in the order of the segments.
@@ -35,7 +112,7 @@ class Histogram {
   int64_t segments() const { return static_cast<int64_t>(parts_.size()); }
   void count(int64_t segment);
   // Falls back to sorted_points where a histogram cannot resolve the values.
-  KmeansFault points(Points& points);
+  KmeansFault points(Scratch& scratch, Points& points);
 
  private:
   struct Bin { double weight, sum; };
@@ -63,8 +140,9 @@ struct Labeller {
   int levels;
   float pivot[8][128];
   float centroid[256];
-  // Indices of n values; adds the weighted squared errors to error[8], value i to lane i % 8.
-  void run(const void* values, Dtype dtype, const float* weight, int64_t n, uint8_t* index, double* error) const;
+  // Indices of n values: bytes, or blocks of packed indices where bits are given (then there are 2^bits centroids). Adds the
+  // weighted squared errors to error[8], value i to lane i % 8.
+  void run(const void* values, Dtype dtype, const float* weight, int64_t n, int bits, uint8_t* out, double* error) const;
 };
 
 }  // namespace kmq::cpu

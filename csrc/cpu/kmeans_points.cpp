@@ -1,4 +1,4 @@
-// From the values of one problem to points: by sorting, or by counting in a histogram.
+// From the values of one problem to points by counting them in a histogram.
 //
 // The histogram's key of y = value - origin is the bit pattern of |y| + scale without its low bits: bins of equal width below
 // `scale`, twice as wide in each octave beyond, one addition and a few integer operations a value, no pass for the range. The low
@@ -26,86 +26,7 @@ constexpr size_t kMostOutside = 1 << 15;        // of a segment
 constexpr size_t kFewBins = 2048, kFewDistinct = 8192;  // fewer occupied bins may mean few distinct values
 constexpr size_t kTooFewBins = 1024;             // to resolve the values
 
-float load(const void* values, Dtype dtype, int64_t i) {
-  if (dtype == Dtype::f32) return static_cast<const float*>(values)[i];
-  return dtype == Dtype::bf16 ? float(static_cast<const bf16*>(values)[i]) : float(static_cast<const f16*>(values)[i]);
-}
-
-// Unsigned keys in the order of the floats; both zeros get one key.
-uint32_t sort_key(float x) {
-  const uint32_t u = bits_of(x + 0.0f);
-  return u & 0x80000000u ? ~u : u | 0x80000000u;
-}
-float value_of(uint32_t key) { return float_of(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
-
-// Stable radix sort by the 32 bits from `shift` on.
-template <typename T>
-void radix_sort(std::vector<T>& items, int shift) {
-  const int digit = items.size() < 8192 ? 8 : 11;
-  std::vector<T> other(items.size());
-  std::vector<uint32_t> start(size_t(1) << digit);
-  const T mask = (T(1) << digit) - 1;
-  for (int bit = 0; bit < 32; bit += digit) {
-    std::fill(start.begin(), start.end(), 0);
-    const int at = shift + bit;
-    for (const T item : items) ++start[(item >> at) & mask];
-    uint32_t sum = 0;
-    for (uint32_t& s : start) {
-      const uint32_t count = s;
-      s = sum;
-      sum += count;
-    }
-    for (const T item : items) other[start[(item >> at) & mask]++] = item;
-    items.swap(other);
-  }
-}
-
-KmeansFault weight_fault(float weight) {
-  if (!(std::fabs(weight) <= 3.4028234e38f)) return KmeansFault::weights_not_finite;
-  return weight < 0 ? KmeansFault::weights_negative : KmeansFault::none;
-}
-
-void add_point(Points& points, double x, double w) {
-  if (!points.x.empty() && points.x.back() == x) {
-    points.w.back() += w;
-  } else {
-    points.x.push_back(x);
-    points.w.push_back(w);
-  }
-}
-
 }  // namespace
-
-KmeansFault sorted_points(const void* values, Dtype dtype, const float* weight, int64_t n, Points& points) {
-  points = Points();
-  if (weight) {
-    std::vector<uint64_t> items;
-    items.reserve(n);
-    for (int64_t i = 0; i < n; ++i) {
-      const float x = load(values, dtype, i), w = weight[i];
-      if (!(std::fabs(x) <= 3.4028234e38f)) return KmeansFault::values_not_finite;
-      if (const KmeansFault fault = weight_fault(w); fault != KmeansFault::none) return fault;
-      if (w > 0) items.push_back(uint64_t(sort_key(x)) << 32 | bits_of(w));
-    }
-    if (items.empty()) return KmeansFault::weights_zero;
-    radix_sort(items, 32);
-    points.x.reserve(items.size());
-    points.w.reserve(items.size());
-    for (const uint64_t item : items) add_point(points, value_of(uint32_t(item >> 32)), float_of(uint32_t(item)));
-    return KmeansFault::none;
-  }
-  std::vector<uint32_t> items(n);
-  for (int64_t i = 0; i < n; ++i) {
-    const float x = load(values, dtype, i);
-    if (!(std::fabs(x) <= 3.4028234e38f)) return KmeansFault::values_not_finite;
-    items[i] = sort_key(x);
-  }
-  radix_sort(items, 0);
-  points.x.reserve(n);
-  points.w.reserve(n);
-  for (const uint32_t item : items) add_point(points, value_of(item), 1.0);
-  return KmeansFault::none;
-}
 
 Histogram::Histogram(const void* values, Dtype dtype, const float* weight, int64_t n)
     : values_(values), dtype_(dtype), weight_(weight), n_(n), parts_((n + kSegment - 1) / kSegment) {
@@ -234,7 +155,7 @@ void Histogram::count_float(Part& part, int64_t begin, int64_t end) {
   const float* values = static_cast<const float*>(values_);
   const Keys keys{origin_, scale_, bits_of(scale_) >> kLowBits};
   const auto add_outside = [&](int64_t i) {
-    if (!(std::fabs(values[i]) <= 3.4028234e38f)) part.fault = KmeansFault::values_not_finite;
+    if (!(std::fabs(values[i]) <= kLargest)) part.fault = KmeansFault::values_not_finite;
     if (weight_ && part.fault == KmeansFault::none) part.fault = weight_fault(weight_[i]);
     if (part.outside.size() <= kMostOutside) part.outside.push_back(i);
   };
@@ -284,13 +205,13 @@ bool Histogram::few_distinct(Points& points) const {
   for (size_t slot = 0; slot < keys.size(); ++slot)
     if (keys[slot] && sums[slot] > 0) found.emplace_back(keys[slot], sums[slot]);
   std::sort(found.begin(), found.end());
-  points = Points();
+  points.clear();
   for (const auto& [key, sum] : found) add_point(points, value_of(key), sum);
   return true;
 }
 
-KmeansFault Histogram::points(Points& points) {
-  points = Points();
+KmeansFault Histogram::points(Scratch& scratch, Points& points) {
+  points.clear();
   size_t outside = 0;
   for (const Part& part : parts_) {
     if (part.fault != KmeansFault::none) return part.fault;
@@ -338,7 +259,7 @@ KmeansFault Histogram::points(Points& points) {
   if (weight_ && !(total > 0)) return KmeansFault::weights_zero;
   const bool resolved = occupied >= kFewBins && outside <= kMostOutside;
   if (!resolved && few_distinct(points)) return KmeansFault::none;
-  if (occupied < kTooFewBins || outside > kMostOutside) return sorted_points(values_, dtype_, weight_, n_, points);
+  if (occupied < kTooFewBins || outside > kMostOutside) return sorted_points(values_, dtype_, weight_, n_, scratch, points);
 
   std::vector<std::pair<double, double>> far;  // values outside the bins, exact
   const float* values = static_cast<const float*>(values_);

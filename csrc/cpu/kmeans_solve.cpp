@@ -1,4 +1,4 @@
-// One problem on points: the dynamic program over cells, Lloyd on all points, and the lower bound of the optimum.
+// One problem on points: the best partition over cells, polished on all points, Lloyd, and the lower bound of the optimum.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -11,142 +11,18 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Prefix sums of weight, weight * x and weight * x^2; x is shifted to its mean, where differences cancel least.
-struct Sums {
-  std::vector<double> w, wx, wxx;
-  double mean = 0;
-
-  Sums(const std::vector<double>& x, const std::vector<double>& weight) : w(x.size() + 1), wx(x.size() + 1), wxx(x.size() + 1) {
-    double total = 0, first = 0;
-    for (size_t i = 0; i < x.size(); ++i) {
-      total += weight[i];
-      first += weight[i] * x[i];
-    }
-    mean = first / total;
-    for (size_t i = 0; i < x.size(); ++i) {
-      const double y = x[i] - mean;
-      w[i + 1] = w[i] + weight[i];
-      wx[i + 1] = wx[i] + weight[i] * y;
-      wxx[i + 1] = wxx[i] + weight[i] * y * y;
-    }
-  }
-  double cost(int64_t i, int64_t j) const {
-    const double first = wx[j] - wx[i];
-    const double cost = (wxx[j] - wxx[i]) - first * first / (w[j] - w[i]);
-    return cost > 0 ? cost : 0;
-  }
-};
-
 // Mean of points [i, j). Next to weights ten decades larger, the prefix sums hold little of a light cluster: it is added afresh.
 double mean_of(const Points& points, const Sums& sums, int64_t i, int64_t j) {
-  double weight = sums.w[j] - sums.w[i], first = sums.wx[j] - sums.wx[i];
-  if (weight < 1e-4 * sums.w.back()) {
+  double weight = sums.weight(i, j), first = sums.wx[j] - sums.wx[i];
+  if (j - i <= 4 || weight < 1e-4 * sums.weight(0, sums.n)) {
     weight = first = 0;
     for (int64_t p = i; p < j; ++p) {
-      weight += points.w[p];
-      first += points.w[p] * (points.x[p] - sums.mean);
+      const double w = points.w.empty() ? 1.0 : points.w[p];
+      weight += w;
+      first += w * (points.x[p] - sums.origin);
     }
   }
-  return std::clamp(sums.mean + first / weight, points.x[i], points.x[j - 1]);
-}
-
-using Edges = std::vector<int64_t>;
-
-// One layer of the dynamic program, by divide and conquer: the best last edge moves right with the end of the range.
-void fill_layer(const Sums& sums, const double* before, double* after, int32_t* split, int64_t begin, int64_t end, int64_t low,
-                int64_t high) {
-  while (begin <= end) {
-    const int64_t j = (begin + end) / 2;
-    double best = kInfinity;
-    int64_t answer = low;
-    for (int64_t i = low; i <= std::min(high, j - 1); ++i) {
-      const double total = before[i] + sums.cost(i, j);
-      if (total < best) {
-        best = total;
-        answer = i;
-      }
-    }
-    after[j] = best;
-    split[j] = static_cast<int32_t>(answer);
-    fill_layer(sums, before, after, split, begin, j - 1, low, answer);
-    begin = j + 1;
-    low = answer;
-  }
-}
-
-Edges edges_by_layers(const Sums& sums, int64_t n, int num_centroids) {
-  std::vector<double> before(n + 1, kInfinity), after(n + 1, kInfinity);
-  std::vector<int32_t> split(num_centroids * (n + 1));
-  for (int64_t j = 1; j <= n; ++j) before[j] = sums.cost(0, j);
-  for (int k = 1; k < num_centroids; ++k) {
-    std::fill(after.begin(), after.end(), kInfinity);
-    fill_layer(sums, before.data(), after.data(), split.data() + k * (n + 1), k + 1, n, k, n - 1);
-    before.swap(after);
-  }
-  Edges edges(num_centroids + 1, 0);
-  edges[num_centroids] = n;
-  for (int k = num_centroids - 1; k > 0; --k) edges[k] = split[k * (n + 1) + edges[k + 1]];
-  return edges;
-}
-
-// The best partition where every interval costs `price` extra. Candidates for the last edge wait in a queue, each with the end
-// from which on it is the best one; a later candidate, once better, stays better.
-Edges priced_edges(const Sums& sums, int64_t n, double price) {
-  struct Candidate { int64_t edge, from; };
-  std::vector<double> best(n + 1);
-  std::vector<int64_t> last(n + 1);
-  std::vector<Candidate> queue(n + 1);
-  int64_t head = 0, tail = 0;
-  queue[tail++] = {0, 1};
-  best[0] = 0;
-  for (int64_t j = 1; j <= n; ++j) {
-    while (head + 1 < tail && queue[head + 1].from <= j) ++head;
-    last[j] = queue[head].edge;
-    best[j] = best[last[j]] + sums.cost(last[j], j) + price;
-    if (j == n) break;
-    const auto beats = [&](const Candidate& other, int64_t end) {
-      return best[j] + sums.cost(j, end) < best[other.edge] + sums.cost(other.edge, end);
-    };
-    while (tail - head > 1 && queue[tail - 1].from > j && beats(queue[tail - 1], queue[tail - 1].from)) --tail;
-    int64_t low = std::max(queue[tail - 1].from, j + 1), step = 1;
-    while (low + step <= n && !beats(queue[tail - 1], low + step)) {
-      low += step;
-      step *= 2;
-    }
-    int64_t high = std::min(low + step, n + 1);
-    if (beats(queue[tail - 1], low)) high = low;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (beats(queue[tail - 1], middle)) high = middle;
-      else low = middle + 1;
-    }
-    if (low <= n) queue[tail++] = {j, low};
-  }
-  Edges edges;
-  for (int64_t j = n; j > 0; j = last[j]) edges.push_back(j);
-  edges.push_back(0);
-  std::reverse(edges.begin(), edges.end());
-  return edges;
-}
-
-// The optimum for K intervals is convex in K, so some price per interval makes K intervals the best choice. The search starts
-// at the price that high-resolution theory gives: the optimum falls like K^-2, hence the count like price^-1/3.
-Edges optimal_edges(const Sums& sums, int64_t n, int num_centroids, double growth) {
-  constexpr int kPricedFrom = 8;  // fewer layers are filled faster than a price is found
-  if (num_centroids < kPricedFrom) return edges_by_layers(sums, n, num_centroids);
-  double low = 0, high = kInfinity;
-  double price = growth * growth * growth / 6 / std::pow(num_centroids, 3);
-  for (int probe = 0; probe < 40 && price > 0 && std::isfinite(price); ++probe) {
-    Edges edges = priced_edges(sums, n, price);
-    const int64_t count = static_cast<int64_t>(edges.size()) - 1;
-    if (count == num_centroids) return edges;
-    (count > num_centroids ? low : high) = price;
-    double next = price * std::pow(double(count) / num_centroids, 3);
-    if (!(next > low && next < high)) next = std::isfinite(high) ? (low > 0 ? std::sqrt(low) * std::sqrt(high) : high / 8) : low * 8;
-    if (!(next > low && next < high)) break;
-    price = next;
-  }
-  return edges_by_layers(sums, n, num_centroids);
+  return std::clamp(sums.origin + first / weight, points.x[i], points.x[j - 1]);
 }
 
 // A number near the cube root, monotone in x; only the resolution of the grid depends on it.
@@ -159,15 +35,26 @@ double rough_cube_root(double x) {
   return root;
 }
 
+// The integral of density^(1/3), from a few equal shares of the points.
+double growth_of(const Points& points, const Sums& sums, int num_centroids) {
+  const int64_t n = points.size(), share = std::max<int64_t>(1, n / (4 * num_centroids));
+  double growth = 0;
+  for (int64_t i = 0; i + share < n; i += share) {
+    const double width = points.x[i + share] - points.x[i];
+    growth += rough_cube_root(width * width * sums.weight(i, i + share));
+  }
+  return growth;
+}
+
 // Edges of at most about 2 * count cells of neighbouring points. Optimal intervals lie where density^(1/3) grows, so that is
 // where the cells are; equal steps over the range keep cells in the tails narrow. `growth` is the integral of density^(1/3).
 Edges make_cells(const Points& points, int64_t count, double& growth) {
   const std::vector<double>&x = points.x, &w = points.w;
-  const int64_t n = static_cast<int64_t>(x.size());
+  const int64_t n = points.size();
   std::vector<double> grows(n);
   for (int64_t i = 0; i < n; ++i) {
     const double step = i + 1 < n ? x[i + 1] - x[i] : x[i] - x[i - 1];
-    const double mass = w[i] * step * step;
+    const double mass = (w.empty() ? 1.0 : w[i]) * step * step;
     grows[i] = mass > 1e-280 ? rough_cube_root(mass) : 0;
   }
   double total = 0;
@@ -205,7 +92,7 @@ void fill_empty(const Points& points, const Sums& sums, Edges& edges) {
       if (edges[k + 1] - edges[k] < 2) continue;
       const double c = mean_of(points, sums, edges[k], edges[k + 1]);
       for (const int64_t i : {edges[k], edges[k + 1] - 1}) {
-        const double gain = points.w[i] * (points.x[i] - c) * (points.x[i] - c);
+        const double gain = (points.w.empty() ? 1.0 : points.w[i]) * (points.x[i] - c) * (points.x[i] - c);
         if (gain > most) {
           most = gain;
           cut = i == edges[k] ? i + 1 : i;
@@ -219,8 +106,8 @@ void fill_empty(const Points& points, const Sums& sums, Edges& edges) {
 
 // Lloyd iterations until the partition stands still, the centroids move less than tol * variance, or max_iter.
 void lloyd(const Points& points, const Sums& sums, const KmeansOptions& options, double tol, Solution& solution) {
-  const int64_t n = static_cast<int64_t>(points.x.size()), K = static_cast<int64_t>(solution.centroids.size());
-  const double threshold = tol * (sums.cost(0, n) / sums.w[n]);
+  const int64_t n = points.size(), K = static_cast<int64_t>(solution.centroids.size());
+  const double threshold = tol * (sums.cost(0, n) / sums.weight(0, n));
   std::vector<double>& c = solution.centroids;
   Edges next(K + 1);
   while (solution.n_iter < options.max_iter) {
@@ -257,17 +144,17 @@ struct Random {
 // k-means++: each centroid is drawn with chances weight * squared distance to the nearest one so far. The mass of a range of
 // points that share their nearest centroid comes from the prefix sums, so a draw costs K + log n and not n.
 std::vector<double> plus_plus(const Points& points, const Sums& sums, int num_centroids, Random random) {
-  const int64_t n = static_cast<int64_t>(points.x.size());
+  const int64_t n = points.size();
   std::vector<double> chosen;
   {
-    const double at = random.uniform() * sums.w[n];
-    const int64_t i = std::upper_bound(sums.w.begin() + 1, sums.w.end(), at) - sums.w.begin() - 1;
+    const double at = sums.w[0] + random.uniform() * sums.weight(0, n);
+    const int64_t i = std::upper_bound(sums.w.begin() + 1, sums.w.begin() + n + 1, at) - sums.w.begin() - 1;
     chosen.push_back(points.x[std::min(i, n - 1)]);
   }
   while (static_cast<int>(chosen.size()) < num_centroids) {
     const int64_t K = static_cast<int64_t>(chosen.size());
     const auto mass = [&](int64_t i, int64_t j, double c) {
-      const double y = c - sums.mean;
+      const double y = c - sums.origin;
       return std::max(0.0, (sums.wxx[j] - sums.wxx[i]) - 2 * y * (sums.wx[j] - sums.wx[i]) + y * y * (sums.w[j] - sums.w[i]));
     };
     Edges edges(K + 1, 0);
@@ -290,7 +177,7 @@ std::vector<double> plus_plus(const Points& points, const Sums& sums, int num_ce
 }
 
 std::vector<double> initial(const Points& points, const Sums& sums, int num_centroids, const KmeansOptions& options) {
-  const int64_t n = static_cast<int64_t>(points.x.size());
+  const int64_t n = points.size();
   std::vector<double> out(num_centroids);
   Random random{options.seed};
   switch (options.init) {
@@ -301,8 +188,8 @@ std::vector<double> initial(const Points& points, const Sums& sums, int num_cent
       return out;
     case KmeansInit::quantile:
       for (int k = 0; k < num_centroids; ++k) {
-        const double at = (k + 0.5) / num_centroids * sums.w[n];
-        out[k] = points.x[std::min<int64_t>(std::lower_bound(sums.w.begin() + 1, sums.w.end(), at) - sums.w.begin() - 1, n - 1)];
+        const double at = sums.w[0] + (k + 0.5) / num_centroids * sums.weight(0, n);
+        out[k] = points.x[std::min<int64_t>(std::lower_bound(sums.w.begin() + 1, sums.w.begin() + n + 1, at) - sums.w.begin() - 1, n - 1)];
       }
       return out;
     case KmeansInit::random: break;
@@ -338,65 +225,107 @@ double lower_bound(double cell_cost, double rounding, std::vector<double> inside
   return root > 0 ? root * root : 0;
 }
 
+// Ranges around the edges that do not overlap, each of them inside [low, high] of the edge where that is possible.
+template <typename Low, typename High>
+void ranges_around(const Edges& edges, const Low& low_of, const High& high_of, Edges& low, Edges& high) {
+  const size_t K = edges.size() - 1;
+  low.resize(K + 1);
+  high.resize(K + 1);
+  low[0] = high[0] = 0;
+  low[K] = high[K] = edges[K];
+  for (size_t k = 1; k < K; ++k) {
+    low[k] = std::max(low_of(k), (edges[k - 1] + edges[k]) / 2 + 1);
+    high[k] = std::min(high_of(k), (edges[k] + edges[k + 1]) / 2);
+  }
+}
+
+// Moves the edges of whole cells to the best points within a cell on either side, and on as long as one reaches that far.
+void polish(const Sums& sums, const Edges& cells, const Edges& cell_edges, PartitionScratch& scratch, Edges& edges) {
+  const int64_t last = static_cast<int64_t>(cells.size()) - 1, K = static_cast<int64_t>(cell_edges.size()) - 1;
+  Edges low, high, reach(K + 1);
+  edges.resize(K + 1);
+  for (int64_t k = 0; k <= K; ++k) edges[k] = cells[cell_edges[k]];
+  const auto below = [&](int64_t k) { return cells[std::max<int64_t>(cell_edges[k] - 1, 0)]; };
+  const auto above = [&](int64_t k) { return cells[std::min(cell_edges[k] + 1, last)]; };
+  for (int64_t k = 0; k <= K; ++k) reach[k] = std::max(edges[k] - below(k), above(k) - edges[k]);
+  for (int round = 0; round < 8; ++round) {
+    ranges_around(edges, [&](int64_t k) { return edges[k] - reach[k]; }, [&](int64_t k) { return edges[k] + reach[k]; }, low, high);
+    const Edges before = edges;
+    best_nearby(sums, low, high, scratch, edges);
+    bool reached = false;
+    for (int64_t k = 1; k < K; ++k) reached |= edges[k] != before[k] && (edges[k] == low[k] || edges[k] == high[k]);
+    if (!reached) return;
+  }
+}
+
 }  // namespace
 
-Solution solve(const Points& points, int num_centroids, const KmeansOptions& options) {
-  const int64_t n = static_cast<int64_t>(points.x.size());
-  Solution out;
-  if (n <= num_centroids) {
-    out.centroids = points.x;
-    out.centroids.resize(num_centroids, points.x.back());
-    return out;
+void solve(const Points& points, int num_centroids, const KmeansOptions& options, Scratch& scratch, Solution& out) {
+  const int64_t n = points.size(), K = num_centroids;
+  out.centroids.clear();
+  out.edges.clear();
+  out.n_iter = 0;
+  out.lower_bound = 0;
+  if (n <= K) {
+    out.centroids.assign(points.x.begin(), points.x.end());
+    out.centroids.resize(K, points.x.back());
+    return;
   }
-  const Sums sums(points.x, points.w);
+  Sums& sums = scratch.sums;
+  sums.set(points);
   if (options.algorithm == KmeansAlgorithm::lloyd) {
     out.centroids = initial(points, sums, num_centroids, options);
     lloyd(points, sums, options, options.tol, out);
     out.lower_bound = -1;
-    return out;
+    return;
   }
-  const int64_t count = std::min<int64_t>(std::max<int64_t>(32 * num_centroids, 1024), 4096);
-  double growth = 0;
-  Edges cells = make_cells(points, count, growth);
+  const int64_t count = std::min<int64_t>(std::max<int64_t>(32 * K, 1024), 4096);
   const bool every_point = options.algorithm == KmeansAlgorithm::exact || n <= 2 * count;
+  const bool exact = every_point && points.spread.empty();
+  const double rounding = 1e-13 * (sums.wxx[n] - sums.wxx[0]);
+  double growth = 0;
+  Edges cells;
+  if (exact) growth = growth_of(points, sums, num_centroids);
+  else cells = make_cells(points, count, growth);
+  double guess = growth * growth * growth / (6.0 * double(K) * double(K) * double(K));
+  if (!(guess > 0 && std::isfinite(guess))) guess = 1;
+  if (exact) {
+    const BestPrice best = best_partition(sums, K, guess * scratch.known.price_ratio, scratch.known.slope, scratch.partition, out.edges);
+    double cost = 0;
+    for (int k = 0; k < num_centroids; ++k) {
+      out.centroids.push_back(mean_of(points, sums, out.edges[k], out.edges[k + 1]));
+      cost += sums.cost(out.edges[k], out.edges[k + 1]);
+    }
+    out.lower_bound = cost;
+    if (cost > 0) {
+      scratch.known.slope += 0.25 * (best.price * double(K) / cost - scratch.known.slope);
+      scratch.known.price_ratio += 0.25 * (scratch.known.slope * cost / double(K) / guess - scratch.known.price_ratio);
+    }
+    return;
+  }
   if (every_point) {
     cells.resize(n + 1);
     for (int64_t i = 0; i <= n; ++i) cells[i] = i;
   }
-  const bool exact = every_point && points.spread.empty();
   const int64_t m = static_cast<int64_t>(cells.size()) - 1;
-  Sums over_cells = sums;
+  Sums& over_cells = scratch.cell_sums;
+  over_cells.pick(sums, cells);
   std::vector<double> inside(m, 0.0), spread(m, 0.0);
-  if (!every_point) {
-    for (int64_t i = 0; i <= m; ++i) {
-      over_cells.w[i] = sums.w[cells[i]];
-      over_cells.wx[i] = sums.wx[cells[i]];
-    }
-    over_cells.wxx[0] = 0;
-    for (int64_t i = 0; i < m; ++i) {
-      const double c = mean_of(points, sums, cells[i], cells[i + 1]) - sums.mean;
-      over_cells.wxx[i + 1] = over_cells.wxx[i] + (over_cells.w[i + 1] - over_cells.w[i]) * c * c;
-      inside[i] = sums.cost(cells[i], cells[i + 1]);
-    }
-  }
-  if (!points.spread.empty())
-    for (int64_t i = 0; i < m; ++i)
+  double within = 0, cost = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    inside[i] = cells[i + 1] - cells[i] > 1 ? sums.cost(cells[i], cells[i + 1]) : 0.0;
+    within += inside[i];
+    if (!points.spread.empty())
       for (int64_t p = cells[i]; p < cells[i + 1]; ++p) spread[i] += points.spread[p];
-  const Edges edges = optimal_edges(over_cells, m, num_centroids, growth);
-  double cost = 0;
-  for (int k = 0; k < num_centroids; ++k) {
-    out.centroids.push_back(mean_of(points, sums, cells[edges[k]], cells[edges[k + 1]]));
-    out.edges.push_back(cells[edges[k]]);
-    cost += over_cells.cost(edges[k], edges[k + 1]);
   }
-  out.edges.push_back(n);
-  const double rounding = 1e-13 * sums.wxx[n];
-  out.lower_bound = lower_bound(cost, exact ? 0 : rounding, inside, spread, points.blur, sums.w[n], num_centroids);
-  if (!exact) {
-    out.edges.clear();
-    lloyd(points, sums, options, 0.0, out);
-  }
-  return out;
+  Edges cell_edges;
+  best_partition(over_cells, K, guess, 2, scratch.partition, cell_edges);
+  for (int64_t k = 0; k < K; ++k) cost += over_cells.cost(cell_edges[k], cell_edges[k + 1]);
+  polish(sums, cells, cell_edges, scratch.partition, out.edges);
+  for (int64_t k = 0; k < K; ++k) out.centroids.push_back(mean_of(points, sums, out.edges[k], out.edges[k + 1]));
+  out.lower_bound = lower_bound(cost - within, rounding, inside, spread, points.blur, sums.weight(0, n), num_centroids);
+  out.edges.clear();
+  lloyd(points, sums, options, 0.0, out);
 }
 
 }  // namespace kmq::cpu

@@ -5,6 +5,9 @@
 #pragma once
 #include "half.h"
 
+// A plain loop that the compiler vectorizes: inlined into a function for each path, it is compiled for that path.
+#define KMQ_PLAIN __attribute__((always_inline)) inline
+
 #if defined(__x86_64__)
 // GCC's own header warns of the values that its intrinsics leave undefined on purpose.
 #pragma GCC diagnostic push
