@@ -1,15 +1,19 @@
 """codebook_linear on the CPU against torch's fp32 linear and the 4-bit kernels of other packages.
 
-    python benchmarks/bench_codebook_linear.py [--bits 4] [--m 1 16] [--repeats 41] [--json out.json]
+    python benchmarks/bench_codebook_linear.py [--bits 4] [--m 1 16] [--shapes 768x768] [--repeats 41] [--json out.json]
 
 One process; every repeat times all implementations once, in shuffled order. `cold`: each call takes the next of a ring of weights
-whose fp32 form is larger than four times the last-level cache (every implementation has the same number of layers); `hot`: always
-the same weight. Each ratio is the median over repeats of (time of torch fp32) / (time of the implementation) in one repeat.
-Results are checked against float64 before anything is timed. A peer's weight has its own format: its error is against its own
-dequantized weight where it offers that, and its time is what counts.
+whose fp32 form is larger than four times the last-level cache, as the system reports it (every implementation has the same number
+of layers, which may repeat their values, never their memory); `hot`: always the same weight. Each ratio is the median over
+repeats of (time of torch fp32) / (time of the implementation) in one repeat. Results are checked against float64 before anything
+is timed. A peer's weight has its own format: its error is against its own dequantized weight, and its time is what counts.
+
+To stand for a machine without AVX-512, set KMQ_CPU_PATH=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2
+ONEDNN_MAX_CPU_ISA=AVX2.
 """
 
 import argparse
+import copy
 import importlib.metadata
 import json
 import os
@@ -17,7 +21,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from shapes import BERT_BASE_LINEARS, LINEAR_M
@@ -26,53 +32,115 @@ from torch import Tensor
 import kmq_kernels as kmq
 
 TOLERANCE = 1e-6  # relative RMS error against float64 of the dequantized weight
-RING_BYTES = 4 * 32 * 2**20
+BASE = "torch fp32"
+Layer = Callable[[Tensor, Tensor], Tensor]
+Contender = tuple[str, list[Layer], Tensor]  # name, one call a layer, the weight of the first layer
 
 
-def ours(bits: int, weights: list[Tensor]) -> tuple[str, list[Callable[[Tensor, Tensor], Tensor]], list[Tensor]]:
-    layers, dense = [], []
-    for weight in weights:
-        assignments = torch.randint(0, 2**bits, weight.shape, dtype=torch.uint8)
-        codebook = torch.randn(1, 2**bits).sort().values / 10
-        packed = kmq.pack(assignments, bits)
-        layers.append(lambda x, b, p=packed, c=codebook: kmq.codebook_linear(x, p, c, b))
-        dense.append(codebook[0][assignments.int()])
-    return f"kmq {bits} bits", layers, dense
+def last_level_cache() -> int:
+    """Bytes of the largest cache that the first processor sees; 32 MiB where the system does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes), default=32 * 2**20)
 
 
-def bitsandbytes(weights: list[Tensor]) -> tuple[str, list[Callable[[Tensor, Tensor], Tensor]], list[Tensor]]:
+def dense_layer(weight: Tensor) -> Layer:
+    return lambda x, b: F.linear(x, weight, b)
+
+
+def ours(bits: int, weight: Tensor, count: int) -> Contender:
+    assignments = torch.randint(0, 2**bits, weight.shape, dtype=torch.uint8)
+    codebook = torch.randn(1, 2**bits).sort().values / 10
+    packed = kmq.pack(assignments, bits)
+
+    def layer(packed: Tensor) -> Layer:
+        return lambda x, b: kmq.codebook_linear(x, packed, codebook, b)
+
+    layers = [layer(packed.clone()) for _ in range(count)]
+    return f"kmq {bits} bits", layers, codebook[0][assignments.int()]
+
+
+def bitsandbytes(weight: Tensor, count: int) -> Contender:
     import bitsandbytes as bnb
 
-    layers, dense = [], []
-    for weight in weights:
-        quantized, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
-        layers.append(lambda x, b, q=quantized, s=state: bnb.matmul_4bit(x, q.t(), quant_state=s, bias=b))
-        dense.append(bnb.functional.dequantize_4bit(quantized, state))
+    quantized, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+
+    def layer(quantized: Tensor, state: object) -> Layer:
+        return lambda x, b: bnb.matmul_4bit(x, quantized.t(), quant_state=state, bias=b)
+
+    layers = [layer(quantized.clone(), copy.deepcopy(state)) for _ in range(count)]
+    dense = bnb.functional.dequantize_4bit(quantized, state)
     return f"bitsandbytes {importlib.metadata.version('bitsandbytes')} NF4", layers, dense
 
 
-def torchao(weights: list[Tensor]) -> tuple[str, list[Callable[[Tensor, Tensor], Tensor]], list[Tensor]]:
+def torchao(weight: Tensor, count: int) -> Contender:
     from torchao.dtypes import Int4CPULayout
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
-    layers, dense = [], []
-    for weight in weights:
-        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        linear.weight.data = weight.clone()
-        quantize_(linear, Int4WeightOnlyConfig(group_size=64, layout=Int4CPULayout(), version=1))
-        layers.append(lambda x, b, w=linear.weight: F.linear(x, w, b))
-        dense.append(linear.weight.dequantize().float())
-    return f"torchao {importlib.metadata.version('torchao')} int4", layers, dense
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight.clone()
+    quantize_(linear, Int4WeightOnlyConfig(group_size=64, layout=Int4CPULayout(), version=1))
+    layers = [dense_layer(copy.deepcopy(linear.weight)) for _ in range(count)]
+    return f"torchao {importlib.metadata.version('torchao')} int4", layers, linear.weight.dequantize().float()
 
 
-PEERS = [bitsandbytes, torchao]
+def onnx_layers(op: str, weight: Tensor, count: int, inputs: list[np.ndarray], **attributes: int) -> list[Layer]:
+    """`count` sessions of a model that is one node com.microsoft::`op`."""
+    import onnx
+    import onnxruntime
+
+    OUT, IN = weight.shape
+    names = [f"constant{i}" for i in range(len(inputs))]
+    constants = [onnx.numpy_helper.from_array(array, name) for array, name in zip(inputs, names, strict=True)]
+    node = onnx.helper.make_node(op, ["x", *names], ["y"], domain="com.microsoft", K=IN, N=OUT, block_size=64, **attributes)
+    ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["M", size]) for n, size in (("x", IN), ("y", OUT))]
+    graph = onnx.helper.make_graph([node], "layer", ends[:1], ends[1:], constants)
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads of a session would spin after a call, on the cores of the others.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+    def layer() -> Layer:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return lambda x, b: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]).add_(b)
+
+    return [layer() for _ in range(count)]
 
 
-def usable(peer: Callable, weights: list[Tensor]) -> tuple | None:
-    """What `peer` made of the weights, None (and the reason in print) where it is not installed or cannot run here."""
+def blocks_of_64(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int4 codes (OUT, IN) of blocks of 64, zero point 8, and scales (OUT, IN / 64)."""
+    blocks = weight.unflatten(1, (-1, 64))
+    scale = blocks.abs().amax(-1, keepdim=True) / 7
+    return (blocks / scale).round().clamp(-8, 7).add(8).to(torch.uint8).flatten(1), scale[..., 0]
+
+
+def matmul_nbits(weight: Tensor, count: int, accuracy_level: int) -> Contender:
+    codes, scale = blocks_of_64(weight)
+    packed = (codes[:, ::2] | codes[:, 1::2] << 4).unflatten(1, (-1, 32)).contiguous()
+    dense = (codes.float() - 8) * scale.repeat_interleave(64, 1)
+    inputs = [packed.numpy(), scale.contiguous().numpy().ravel()]
+    layers = onnx_layers("MatMulNBits", weight, count, inputs, bits=4, accuracy_level=accuracy_level)
+    kept = "int8" if accuracy_level == 4 else "fp32"
+    return f"onnxruntime {importlib.metadata.version('onnxruntime')} MatMulNBits, {kept} input", layers, dense
+
+
+def onnxruntime_fp32(weight: Tensor, count: int) -> Contender:
+    return matmul_nbits(weight, count, 1)
+
+
+def onnxruntime_int8(weight: Tensor, count: int) -> Contender:
+    return matmul_nbits(weight, count, 4)
+
+
+PEERS = [bitsandbytes, torchao, onnxruntime_fp32, onnxruntime_int8]
+
+
+def usable(peer: Callable, weight: Tensor, count: int) -> Contender | None:
+    """What `peer` made of the weight, None (and the reason in print) where it is not installed or cannot run here."""
     try:
-        name, layers, dense = peer(weights)
-        OUT, IN = weights[0].shape
+        name, layers, dense = peer(weight, count)
+        OUT, IN = weight.shape
         layers[0](torch.randn(1, IN), torch.randn(OUT))
     except Exception as error:
         print(f"{peer.__name__}: skipped, {type(error).__name__}: {str(error).partition(chr(10))[0]}")
@@ -92,7 +160,7 @@ def ratios(layers: dict[str, list], indices: Iterable[int], input: Tensor, bias:
             start = time.perf_counter()
             layer(input, bias)
             times[name].append(time.perf_counter() - start)
-    base = times["torch fp32"]
+    base = times[BASE]
     return {
         name: {"us": statistics.median(t) * 1e6, "ratio": statistics.median(b / o for b, o in zip(base, t, strict=True))}
         for name, t in times.items()
@@ -103,39 +171,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="*", default=list(range(1, 9)))
     parser.add_argument("--m", type=int, nargs="*", default=LINEAR_M)
+    parser.add_argument("--shapes", nargs="*", default=[f"{OUT}x{IN}" for OUT, IN in BERT_BASE_LINEARS], help="OUTxIN")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=41)
+    parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     random.seed(0)
+    ring_bytes = 4 * last_level_cache()
     conditions = {
         "threads": args.threads,
         "torch": torch.__version__,
+        "torch uses": torch.backends.cpu.get_cpu_capability(),
+        "ring MiB of fp32": ring_bytes // 2**20,
         "load": os.getloadavg()[0],
         "build": kmq.build_info()["extension"],
     }
     print(conditions)
     rows = []
-    for OUT, IN in BERT_BASE_LINEARS:
-        weights = [torch.randn(OUT, IN) / 10 for _ in range(-(-RING_BYTES // (OUT * IN * 4)) + 1)]
-        contenders = {"torch fp32": ([lambda x, b, w=w: F.linear(x, w, b) for w in weights], weights[:1])}
-        for bits in args.bits:
-            name, layers, dense = ours(bits, weights)
-            contenders[name] = (layers, dense[:1])
-        for peer in PEERS:
-            found = usable(peer, weights)
-            if found:
-                contenders[found[0]] = (found[1], found[2][:1])
-        calls = {name: layers for name, (layers, _) in contenders.items()}
+    for shape in args.shapes:
+        OUT, IN = map(int, shape.split("x"))
+        count = -(-ring_bytes // (OUT * IN * 4)) + 1
+        weight = torch.randn(OUT, IN) / 10
+        contenders = [(BASE, [dense_layer(weight.clone()) for _ in range(count)], weight)]
+        contenders += [ours(bits, weight, count) for bits in args.bits]
+        if not args.no_peers:
+            contenders += [found for peer in PEERS if (found := usable(peer, weight, count))]
+        calls = {name: layers for name, layers, _ in contenders}
         bias = torch.randn(OUT)
         for M in args.m:
             input = torch.randn(M, IN)
             errors = {}
             with torch.inference_mode():
-                for name, (layers, dense) in contenders.items():
-                    expected = F.linear(input.double(), dense[0].double(), bias.double())
+                for name, layers, dense in contenders:
+                    expected = F.linear(input.double(), dense.double(), bias.double())
                     errors[name] = relative_rms(layers[0](input, bias), expected)
                     if name.startswith("kmq") and errors[name] > TOLERANCE:
                         raise SystemExit(f"{name} at M={M}, {OUT}x{IN}: error {errors[name]:.2e}, not timed")
@@ -145,10 +216,11 @@ def main() -> None:
                 row = {"OUT": OUT, "IN": IN, "M": M, "name": name, "error": errors[name], "cold": cold[name], "hot": hot[name]}
                 rows.append(row)
                 print(
-                    f"{OUT}x{IN} M={M:<4} {name:28} cold {row['cold']['us']:9.1f} us {row['cold']['ratio']:6.2f}x"
+                    f"{OUT}x{IN} M={M:<4} {name:46} cold {row['cold']['us']:9.1f} us {row['cold']['ratio']:6.2f}x"
                     f"   hot {row['hot']['us']:9.1f} us {row['hot']['ratio']:6.2f}x   error {row['error']:.1e}",
                     flush=True,
                 )
+        del contenders, calls  # one shape at a time: a ring of fp32 is large
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"conditions": conditions, "rows": rows}, file, indent=1)

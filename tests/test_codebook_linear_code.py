@@ -1,0 +1,64 @@
+"""The compiled loops of the linear layer, read from the extension with objdump."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import kmq_kernels as kmq
+
+pytestmark = [
+    pytest.mark.skipif(isinstance(kmq.build_info()["extension"], str), reason="the extension is not built"),
+    pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not there"),
+]
+TILES = {"GemmAvx2": 2, "GemmAvx512": 3}  # path: heights of its register tile
+
+
+@pytest.fixture(scope="module")
+def functions():
+    """Instructions of every function that names a vector path, by its demangled name."""
+    from kmq_kernels import _C
+
+    command = ["objdump", "-d", "-C", "-w", "--no-show-raw-insn", _C.__file__]
+    found, lines = {}, None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.endswith(">:\n"):
+                name = line.partition("<")[2][:-3]
+                lines = found.setdefault(name, []) if re.search(r"[Aa]vx(2|512)", name) else None
+            elif lines is not None and "\t" in line:
+                lines.append(line.rstrip())
+    if not any("tile_of" in name for name in found):
+        pytest.skip("no x86-64 kernels in this build, or no symbols")
+    return found
+
+
+def innermost_fma_loop(lines):
+    """The shortest stretch between a backward jump and its target that multiplies."""
+    index = {int(line.partition(":")[0], 16): i for i, line in enumerate(lines)}
+    loops = []
+    for i, line in enumerate(lines):
+        jump = re.search(r"\tj\w+ +([0-9a-f]+) <", line)
+        start = index.get(int(jump[1], 16)) if jump else None
+        if start is not None and start < i and any("vfmadd" in x for x in lines[start:i]):
+            loops.append(lines[start : i + 1])
+    return min(loops, key=len)
+
+
+def test_avx2_functions_use_no_avx512_register(functions):
+    avx2 = {name: lines for name, lines in functions.items() if re.search(r"[Aa]vx2", name) and not re.search(r"[Aa]vx512", name)}
+    assert avx2
+    for name, lines in avx2.items():
+        wrong = [line for line in lines if re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]", line)]
+        assert not wrong, (name, wrong[:3])
+
+
+@pytest.mark.parametrize("path", TILES)
+def test_tiles_keep_their_sums_in_registers(functions, path):
+    tiles = {name: lines for name, lines in functions.items() if f"{path}::tile_of<" in name and "mm" in "".join(lines)}
+    assert len(tiles) >= TILES[path]
+    for name, lines in tiles.items():
+        loop = innermost_fma_loop(lines)
+        assert sum("vfmadd" in line for line in loop) >= 8, name
+        assert not [line for line in loop if re.search(r"%[xyz]mm.*\(%r[sb]p|\(%r[sb]p.*%[xyz]mm", line)], name
