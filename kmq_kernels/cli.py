@@ -163,12 +163,13 @@ def _name(config: Any) -> str:
 
 
 def _summary_table(summary: Any) -> Table:
-    """The table of a comparison: mean and standard error over the seeds."""
+    """The table of a comparison, as much of it as fits 80 columns: mean and standard error over the seeds, and size."""
+    shown = [0, 1, 2, 3, 4]
     table = Table(title=summary.title)
-    for number, column in enumerate(summary.columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    for column in shown:
+        table.add_column(summary.columns[column], justify="left" if column == 0 else "right", no_wrap=True)
     for row in summary.rows:
-        table.add_row(*row)
+        table.add_row(*(row[column] for column in shown))
     return table
 
 
@@ -176,10 +177,14 @@ def _summary_table(summary: Any) -> Table:
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of `kmq run`, with or without --compare.")],
     out: Annotated[Path | None, typer.Option("-o", "--output", help="File to write. [default: FOLDER/report.html]")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown instead.")] = False,
 ) -> None:
     """One self-contained HTML page of what was run: accuracy against size, bits and distortion, weights, training, conditions."""
     from . import report as reports
 
+    if markdown:
+        print("\n".join(reports.markdown(summary) for summary in reports.summaries(reports.collect(folder))))
+        return
     console.print(f"written: {reports.write_report(folder, out)}")
 
 

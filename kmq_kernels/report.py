@@ -145,7 +145,7 @@ def summaries(records: Sequence[Record]) -> list[Summary]:
         for name in _names(runs):
             second, third = _facts(runs, name, "stage2"), _facts(runs, name, "stage3")
             rows.append(_row(name, _metric(runs, second), _metric(runs, third), second, third or second, len(second)))
-        columns = ("configuration", "stage 2", "stage 3", "bits/weight", "MB", "seeds", "s, stage 2", "s, stage 3", "peak MB")
+        columns = ("configuration", "stage 2", "stage 3", "bits/w", "MB", "seeds", "s, stage 2", "s, stage 3", "peak MB")
         tables.append(Summary(f"{model} on {task}: {runs[0].results['metric'].replace('_', ' ')}", columns, tuple(rows)))
     return tables
 
@@ -171,6 +171,13 @@ def _row(
         _text(_mean(last, "seconds") if after is not None else None, "{:.1f}"),
         _text(memory and memory / 1e6, "{:.0f}"),
     )
+
+
+def markdown(summary: Summary) -> str:
+    """The table in Markdown, figures to the right."""
+    rule = "|".join(["---", *["---:"] * (len(summary.columns) - 1)])
+    lines = [f"{summary.title}\n", f"| {' | '.join(summary.columns)} |", f"|{rule}|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in summary.rows)]) + "\n"
 
 
 def family(name: str) -> str:
@@ -463,7 +470,7 @@ def _table(table: Summary) -> str:
     )
     note = "Stage 3 of the fp32 row is the control: the fp32 model fine-tuned for the steps of stage 3."
     return (
-        f'<div class="wide" tabindex="0"><table><caption>{_e(table.title)}. {note}</caption>'
+        f'<p class="note">{_e(table.title)}. {note}</p><div class="wide" tabindex="0"><table aria-label="{_e(table.title)}">'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
@@ -472,6 +479,7 @@ def _layer_controls(number: int) -> str:
     return f"""<h3>Layers</h3>
 <p class="controls"><label>Configuration <select id="configuration{number}"></select></label>
 <label>Stage <select id="stage{number}"></select></label></p>
+<p class="note">Bits of every tensor; colour: error. Choose one to see its weights.</p>
 <div class="wide map" id="map{number}" tabindex="0"></div>
 <p class="note" id="scale{number}"></p>
 <h3>Weights of a tensor</h3>

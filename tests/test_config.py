@@ -17,9 +17,26 @@ def test_paper_preset():
     assert KMQConfig.from_dict(config.to_dict()) == config
 
 
+def test_presets_of_the_other_systems():
+    assert (KMQConfig(preset="linear", bits=3).scheme, KMQConfig(preset="linear", bits=3).bits) == ("linear", 3)
+    assert (KMQConfig(preset="int8").scheme, KMQConfig(preset="int8").bits) == ("linear", 8)
+    hessian = KMQConfig(preset="hessian", bits_per_weight=2.5)
+    assert (hessian.scheme, hessian.allocation, hessian.has_budget) == ("linear", "hessian", True)
+    for config in (KMQConfig(preset="int8"), hessian, KMQConfig(size=10**6), KMQConfig(outlier_fraction=0.01, row_scale=True)):
+        assert KMQConfig.from_dict(config.to_dict()) == config
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        ({"allocation": "random"}, "allocation: expected one of 'uniform', 'distortion', 'fisher', 'hessian', got 'random'"),
+        ({"bits_per_weight": -1.0}, "bits_per_weight: expected a number above 0"),
+        ({"bits_per_weight": 3.0, "size": 10}, "got both"),
+        ({"size": 0}, "size: expected an integer not below 1"),
+        ({"outlier_fraction": 0.5}, "outlier_fraction: expected a number from 0 to below 0.5, got 0.5"),
+        ({"row_scale": True, "granularity": "row"}, "row_scale: expected granularity 'tensor' or 'group'"),
+        ({"weighting": "fisher", "scheme": "linear"}, "weighting: the linear scheme takes no weights"),
+        ({"preset": "int8", "bits": 3}, "bits: preset 'int8' sets 8, got 3"),
         ({"bits": 0}, "bits: expected an integer from 1 to 8, got 0"),
         ({"bits": 9}, "bits: expected an integer from 1 to 8, got 9"),
         ({"bits": 4.0}, "bits: expected an integer from 1 to 8, got 4.0"),

@@ -81,6 +81,52 @@ def test_stages_resume_and_repeat(folder):
         assert same[0] == same[1], name
 
 
+def test_configurations_can_be_added_to_a_finished_run(folder):
+    one = {"kmeans-2bit": kmq.KMQConfig(bits=2)}
+    short = pipeline.TrainingSettings(steps=3, batch_size=8, max_length=8)
+    _run(folder, configs=one, stage1=short)()
+    announced = []
+    more = {"kmeans-3bit": kmq.KMQConfig(bits=3)}
+    results = _run(folder, configs=more, stage1=short, announce=announced.append, stage3_of={"kmeans-3bit": None})()
+    assert list(results["quantized"]) == ["kmeans-2bit", "kmeans-3bit"]
+    assert results["quantized"]["kmeans-3bit"]["stage3"] is None
+    assert sum("finished earlier" in line for line in announced) == 2
+    # The first command still goes on from there; the same name with another meaning is refused.
+    assert _run(folder, configs=one, stage1=short)()["quantized"]["kmeans-3bit"]["stage2"] is not None
+    for change in ({"configs": {"kmeans-2bit": kmq.KMQConfig(bits=4)}}, {"configs": more}):
+        with pytest.raises(pipeline.PipelineError, match="another run"):
+            _run(folder, stage1=short, **change)()
+
+
+def test_distillation_follows_the_teacher(folder):
+    few = pipeline.TrainingSettings(steps=30, batch_size=16, learning_rate=2e-3, max_length=8)
+    runs = {}
+    for distill in (False, True):
+        settings = pipeline.dataclasses.replace(few, distill=distill)
+        name = f"distill-{distill}"
+        one = {"kmeans-1bit": kmq.KMQConfig(bits=1)}
+        runs[distill] = _run(folder, name, configs=one, stage1=few, stage3=settings, control=False)
+        runs[distill]()
+    task = runs[True].task
+    teacher, tokenizer = pipeline.load_for_task(str(folder / "distill-True/stage1"), task, 0)
+    batch = pipeline.calibration_batches(task, tokenizer, 32, 1, 8, 0)[0]
+    labels = batch.pop("labels")
+
+    def distance(distill):
+        model = kmq.load(folder / f"distill-{distill}/kmeans-1bit/stage3").eval()
+        with torch.no_grad():
+            out, theirs = (m(**batch, output_hidden_states=True) for m in (model, teacher.eval()))
+        return float(pipeline.distillation_loss(out, theirs, batch["attention_mask"], False))
+
+    assert distance(True) < distance(False)
+    with torch.no_grad():
+        same = teacher(**batch, output_hidden_states=True)
+    assert float(pipeline.distillation_loss(same, same, batch["attention_mask"], False)) == pytest.approx(0.0, abs=1e-6)
+    assert labels.shape == (32,)
+    with pytest.raises(pipeline.PipelineError, match="expected a model to distill from"):
+        pipeline.finetune(teacher, tokenizer, task, pipeline.dataclasses.replace(few, distill=True), folder / "scratch")
+
+
 def test_interrupt_leaves_nothing_half_written(folder, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
@@ -150,6 +196,86 @@ def test_command_line(folder, monkeypatch, capsys):
     assert torch.equal(kmq.load(folder / "more").bert.pooler.dense.packed, kmq.load(third).bert.pooler.dense.packed)
 
 
+COMPARED = [
+    {"name": "kmeans-2bit", "bits": 2},
+    {"name": "int8", "preset": "int8"},
+    {"name": "fisher-7bpw", "allocation": "fisher", "bits_per_weight": 7.0, "stage3": False},
+    {"name": "hessian-7bpw", "preset": "hessian", "bits_per_weight": 7.0, "stage3": False},
+    {"name": "outliers-2bit", "bits": 2, "outlier_fraction": 0.02, "row_scale": True, "distill": True},
+]
+
+
+def compare_arguments(folder):
+    """`kmq run --compare` on the tiny model, two seeds, into folder/cmp."""
+    (folder / "list.json").write_text(json.dumps(COMPARED))
+    files = ["--train-file", folder / "train.csv", "--validation-file", folder / "dev.csv", "--max-length", 8]
+    few = ["--steps", 4, "--second-steps", 3, "--batch-size", 8, "--fisher-batches", 4, "--hessian-batches", 1]
+    return ["run", folder / "model", "--compare", folder / "list.json", "--seeds", 2, *few, *files, "-o", folder / "cmp"]
+
+
+def test_compare_resumes_and_reports(folder, monkeypatch, capsys):
+    arguments = compare_arguments(folder)
+    calls = []
+    evaluate = pipeline.evaluate
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "evaluate", interrupted)
+    assert _kmq(monkeypatch, *arguments) == 130
+    monkeypatch.setattr(pipeline, "evaluate", evaluate)
+    capsys.readouterr()
+    assert _kmq(monkeypatch, *arguments) == 0
+    out = capsys.readouterr().out
+    assert out.count("finished earlier") == 5
+    assert all(entry["name"] in out for entry in COMPARED)
+    assert (folder / "cmp/report.html").is_file()
+    for seed in (0, 1):
+        run = folder / f"cmp/train/seed{seed}"
+        results = json.loads((run / "results.json").read_text())
+        assert results["quantized"]["fisher-7bpw"]["stage3"] is None
+        assert results["quantized"]["fisher-7bpw"]["stage2"]["bits_per_weight"] <= 7.0
+        assert results["quantized"]["kmeans-2bit"]["stage3"]["losses"]
+        assert results["request"]["configs"]["int8"]["seed"] == seed
+        assert not list(run.glob("*/stage[23]/*.safetensors"))  # a comparison keeps figures, not weights
+        layers = json.loads((run / "outliers-2bit/stage3/layers.json").read_text())
+        assert all("error" in layer for layer in layers if "bits" in layer)
+    # All is there: nothing is computed, and the page can be made again.
+    assert _kmq(monkeypatch, *arguments) == 0
+    assert capsys.readouterr().out.count("finished earlier") == 20
+    assert _kmq(monkeypatch, "report", folder / "cmp", "-o", folder / "page.html") == 0
+    assert (folder / "page.html").read_bytes() == (folder / "cmp/report.html").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "not a list of configurations in JSON"),
+        ("[]", "expected a list of objects, at least one"),
+        ('[{"bits": 2}]', "entry 0: expected a name that can be a folder's, got None"),
+        ('[{"name": "../x"}]', "expected a name that can be a folder's"),
+        ('[{"name": "a"}, {"name": "a"}]', "entry 1: the name 'a' is taken"),
+        ('[{"name": "stage1"}]', "the name 'stage1' is taken"),
+        ('[{"name": "a", "bits": 9}]', "entry 0, a: bits: expected an integer from 1 to 8, got 9"),
+        ('[{"name": "a", "colour": 1}]', "unknown keys colour"),
+    ],
+)
+def test_lists_of_configurations_that_are_wrong(tmp_path, content, sentence):
+    (tmp_path / "list.json").write_text(content)
+    with pytest.raises(pipeline.PipelineError, match=sentence):
+        pipeline.read_variants(tmp_path / "list.json")
+
+
+def test_standard_list_has_all_systems_and_no_name_twice():
+    names = [variant.name for variant in pipeline.standard_variants()]
+    assert len(names) == len(set(names))
+    wanted = {"kmeans-1bit", "linear-1bit", "int8", "paper-3bit", "hessian-2.5bpw", "fisher-3bpw", "kmeans-distill-2bit"}
+    assert wanted <= set(names)
+
+
 def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
@@ -168,6 +294,10 @@ def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
         (["run", "{}/model", "--task", "poetry"], 1, "poetry"),
         (["run", "{}/model", "--bits", "9"], 1, "bits: expected an integer from 1 to 8, got 9"),
         (["run", "{}/model", "--steps", "0"], 1, "steps: expected at least 1"),
+        (["run", "{}/model", "--size", "much"], 1, "size: expected a size such as"),
+        (["run", "{}/model", "--compare", "{}/none.json"], 1, "not a list of configurations"),
+        (["run", "{}/model", "--bits", "2", "--bits", "2"], 1, "kmeans-2bit: asked for twice"),
+        (["report", "{}"], 1, "no results of `kmq run`"),
         (["finetune", "{}/model", "-o", "{}"], 1, "it exists"),
         (["evaluate", "{}/nowhere"], 1, "no such model folder"),
         (["run", "--colour", "red"], 2, "No such option"),

@@ -100,9 +100,6 @@ function drawMap(task, number, state) {
   for (const [kind, names] of kinds) body.append(row(kind, Array.from({ length: layers }, (_, i) => names.get(i))));
   for (const name of alone) body.append(row(place(name).kind, [name]));
   table.append(body);
-  const caption = document.createElement("caption");
-  caption.textContent = "Bits of every tensor; colour: error. Choose one to see its weights.";
-  table.prepend(caption);
   document.getElementById(`map${number}`).replaceChildren(table);
   const note = document.getElementById(`scale${number}`);
   const ramp = document.createElement("span");
@@ -139,7 +136,8 @@ function drawHistogram(task, number, state) {
     height: Math.max(height - bottom - Y(c), 0).toFixed(2), fill: "#9db8d2" })));
   for (let i = 0; i <= 4; i++) {
     const v = weights.low + span * i / 4;
-    svg.append(element("text", { class: "tick", x: X(v), y: height - bottom + 30, "text-anchor": "middle" }, v.toPrecision(3)));
+    const anchor = i === 4 ? "end" : "middle";
+    svg.append(element("text", { class: "tick", x: X(v), y: height - bottom + 30, "text-anchor": anchor }, v.toPrecision(3)));
   }
   svg.append(element("text", { class: "label", x: (left + width - right) / 2, y: height - 10, "text-anchor": "middle" }, "weight"));
   const scheme = DATA[task].configurations[state.configuration.value].scheme;
