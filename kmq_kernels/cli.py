@@ -88,16 +88,9 @@ def run(
 ) -> None:
     """Fine-tune, cluster, fine-tune again: a table and OUTPUT/results.json. The same command again resumes."""
     from . import report as reports
+    from .comparison import Comparison, Variant, read_variants, standard_variants
     from .config import KMQConfig
-    from .pipeline import (
-        Comparison,
-        PipelineError,
-        SensitivitySettings,
-        TrainingSettings,
-        Variant,
-        read_variants,
-        standard_variants,
-    )
+    from .pipeline import PipelineError, SensitivitySettings, TrainingSettings
 
     options: dict[str, Any] = {
         "granularity": granularity.value,

@@ -226,6 +226,39 @@ def _exactly(name: str, model: nn.Module) -> str:
     return f"^{optional}{re.escape(name.removeprefix(f'{prefix}.'))}$"
 
 
+def check_budget(model: nn.Module, config: KMQConfig) -> None:
+    """Raises BudgetError, with the smallest possible, where the model cannot meet the config's budget; looks at shapes only."""
+    if config.has_budget:
+        _budget(model, config, plan(model, config))
+
+
+def _budget(model: nn.Module, config: KMQConfig, chosen: Plan) -> tuple[list[str], list[list[int]], int]:
+    """The weights that may get any bits, what each costs at 1 to 8 bits, and what all of them may cost together."""
+    fixed = {name for name, members in chosen.members.items() if any(config.bits_for(m)[1] for m in members)}
+    free = [name for name in chosen.bits if name not in fixed]
+    weights = {name: cast(Tensor, model.get_submodule(name).weight) for name in chosen.bits}
+
+    def cost(name: str, bits: int) -> int:
+        rows, cols = weights[name].shape
+        return encoded_bytes(rows, cols, bits, config, weights[name].element_size())
+
+    quantized = {id(weight) for weight in weights.values()}
+    others = [p for p in model.parameters() if id(p) not in quantized]
+    taken = sum(p.numel() * p.element_size() for p in others) + sum(cost(name, chosen.bits[name]) for name in fixed)
+    if config.size is not None:
+        taken += _header_bound(model, chosen, config)
+        budget = config.size
+    elif config.bits_per_weight is not None:
+        budget = int(config.bits_per_weight * sum(p.numel() for p in model.parameters()) / 8)
+    else:
+        budget = taken + sum(cost(name, config.bits) for name in free)
+    costs = [[cost(name, bits) for bits in allocation.BITS] for name in free]
+    least = taken + sum(row[0] for row in costs)
+    if budget < least:
+        raise _too_small(config, least, model)
+    return free, costs, budget - taken
+
+
 def _allocated(
     model: nn.Module,
     config: KMQConfig,
@@ -235,50 +268,28 @@ def _allocated(
     progress: bool | None,
 ) -> KMQConfig:
     """The config with the bits of every module that had none of its own, so that the model meets the budget."""
-    fixed = {name for name, members in chosen.members.items() if any(config.bits_for(m)[1] for m in members)}
-    free = [name for name in chosen.bits if name not in fixed]
+    free, costs, budget = _budget(model, config, chosen)
     if not free:
         return config
-    weights = {name: cast(Tensor, model.get_submodule(name).weight).detach() for name in chosen.bits}
-
-    def cost(name: str, bits: int) -> int:
-        rows, cols = weights[name].shape
-        return encoded_bytes(rows, cols, bits, config, weights[name].element_size())
-
-    quantized = {id(model.get_submodule(name).weight) for name in chosen.bits}
-    others = [p for p in model.parameters() if id(p) not in quantized]
-    taken = sum(p.numel() * p.element_size() for p in others) + sum(cost(name, chosen.bits[name]) for name in fixed)
-    if config.size is not None:
-        taken += _header_bound(model, chosen, config)
-        budget = config.size
-    elif config.bits_per_weight is not None:
-        count = sum(p.numel() for p in model.parameters())
-        budget = int(config.bits_per_weight * count / 8)
-    else:
-        budget = taken + sum(cost(name, config.bits) for name in free)
-    costs = [[cost(name, bits) for bits in allocation.BITS] for name in free]
-    least = taken + sum(row[0] for row in costs)
-    if budget < least:
-        raise _too_small(config, least, model)
     if config.allocation == "uniform":
-        bits = max(b for b in allocation.BITS if taken + sum(row[b - 1] for row in costs) <= budget)
+        bits = max(b for b in allocation.BITS if sum(row[b - 1] for row in costs) <= budget)
         choice = [bits - 1] * len(free)
     elif config.allocation == "hessian":
         missing = [name for name in free if name not in (eigenvalues or {})]
         if eigenvalues is None or missing:
             raise ValueError(f"eigenvalues: allocation 'hessian' needs one for every module, none for {missing[0]}")
-        choice = allocation.by_eigenvalue(costs, [eigenvalues[name] for name in free], budget - taken)
+        choice = allocation.by_eigenvalue(costs, [eigenvalues[name] for name in free], budget)
     else:
-        weigh = [importance.get(name) for name in free] if config.allocation == "fisher" else None
-        with _bar("distortion at 1 to 8 bits", [weights[name] for name in free], progress) as bar:
+        weights = [cast(Tensor, model.get_submodule(name).weight).detach() for name in free]
+        with _bar("distortion at 1 to 8 bits", weights, progress) as bar:
             curves = allocation.distortion_curves(
-                [weights[name] for name in free],
+                weights,
                 config,
-                importance=weigh,
+                importance=[importance.get(name) for name in free] if config.allocation == "fisher" else None,
                 names=[f"{name}.weight" for name in free],
-                on_done=lambda i: bar.update(weights[free[i]].numel()) and None,
+                on_done=lambda i: bar.update(weights[i].numel()) and None,
             )
-        choice = allocation.least_error(costs, curves.tolist(), budget - taken)
+        choice = allocation.least_error(costs, curves.tolist(), budget)
     found = {_exactly(name, model): allocation.BITS[c] for name, c in zip(free, choice, strict=True)}
     return dataclasses.replace(config, module_bits={**(config.module_bits or {}), **found})
 

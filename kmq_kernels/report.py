@@ -22,6 +22,7 @@ STAGES = ("stage2", "stage3")
 
 # Okabe and Ito's colours, which readers with any colour vision tell apart; each series has its own marker, too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8a6d00", "#404040", "#e69f00")
+DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 5")
 MARKERS = ("circle", "square", "diamond", "up", "down", "cross")
 
 
@@ -309,8 +310,8 @@ def training_chart(runs: Sequence[Record], style: dict[str, tuple[str, str]]) ->
     """Loss of stage 3 against the step, mean over the seeds and over a window of neighbouring steps."""
     curves: list[tuple[str, str, list[float]]] = []
     for name in _names(runs):
-        losses = [facts["losses"] for facts in _facts(runs, name, "stage3") if facts.get("losses")]
-        if losses:
+        losses = [finite(facts.get("losses") or []) for facts in _facts(runs, name, "stage3")]
+        if losses and all(losses):
             length = min(map(len, losses))
             mean = [statistics.fmean(each[i] for each in losses) for i in range(length)]
             curves.append((family(name), name, smooth(mean, max(1, length // 12))))
@@ -320,17 +321,23 @@ def training_chart(runs: Sequence[Record], style: dict[str, tuple[str, str]]) ->
     steps = max(len(curve) for _, _, curve in curves)
     axes = Axes((1.0, float(max(steps, 2))), (0.0, 1.05 * max(values)))
     parts = [_grid(axes, ticks(*axes.x), ticks(*axes.y), "step of stage 3", "training loss")]
+    key = []
+    before: dict[str, int] = {}
     for series, name, curve in curves:
-        colour, _ = style[series]
+        dash = DASHES[before.get(series, 0) % len(DASHES)]
+        before[series] = before.get(series, 0) + 1
+        stroke = f'fill="none" stroke="{style[series][0]}" stroke-width="1.6" stroke-dasharray="{dash}"'
         line = " ".join("{},{}".format(*axes.at(i + 1, value)) for i, value in enumerate(curve))
         parts.append(f'<g class="series" data-series="{_e(series)}" data-stage="stage3"><title>{_e(name)}</title>')
-        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{line}"/></g>')
-    return _svg("".join(parts), "training loss of stage 3")
+        parts.append(f'<polyline {stroke} points="{line}"/></g>')
+        sample = f'<svg class="line" viewBox="0 0 36 10" aria-hidden="true"><path d="M0 5h36" {stroke}/></svg>'
+        key.append(f"<span>{sample} {_e(name)}</span>")
+    return _svg("".join(parts), "training loss of stage 3") + f'<p class="note key">{" ".join(key)}</p>'
 
 
 def stage1_chart(runs: Sequence[Record]) -> str:
     """Loss of stage 1 against the step, a line for each seed."""
-    curves = [(run.seed, run.results["stage1"].get("losses") or []) for run in runs]
+    curves = [(run.seed, finite(run.results["stage1"].get("losses") or [])) for run in runs]
     curves = [(seed, smooth(curve, max(1, len(curve) // 25))) for seed, curve in curves if curve]
     if not curves:
         return ""
@@ -341,6 +348,11 @@ def stage1_chart(runs: Sequence[Record]) -> str:
         stroke = f'fill="none" stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="1.6"'
         parts.append(f'<g><title>seed {seed}</title><polyline {stroke} points="{line}"/></g>')
     return _svg("".join(parts), "training loss of stage 1")
+
+
+def finite(values: Sequence[float]) -> Sequence[float]:
+    """What comes before the first value that is not finite: where a training diverged, its curve ends."""
+    return values[: next((i for i, value in enumerate(values) if not math.isfinite(value)), len(values))]
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -451,7 +463,8 @@ def _section(number: int, task: str, model: str, runs: Sequence[Record], table: 
     ]
     if layers:
         parts.append(_layer_controls(number))
-    curves = [("Stage 1", stage1_chart(runs)), ("Stage 3, mean over the seeds", training_chart(runs, style))]
+    curves = [("Stage 1, a line for each seed", stage1_chart(runs))]
+    curves.append(("Stage 3, mean over the seeds", training_chart(runs, style)))
     if any(chart for _, chart in curves):
         parts.append("<h3>Training</h3>")
         parts += [f"<h4>{title}</h4>{chart}" for title, chart in curves if chart]

@@ -153,6 +153,18 @@ def test_budgets_are_kept_and_sizes_are_those_on_disk(options, tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_stated_size_is_that_on_disk_to_one_percent(tmp_path):
+    torch.manual_seed(4)
+    config = family_config("bert", hidden_size=256, intermediate_size=512, vocab_size=12_000)
+    model = AutoModelForSequenceClassification.from_config(config)
+    kmq.quantize_(model, kmq.KMQConfig(allocation="distortion", bits_per_weight=2.5, outlier_fraction=0.002))
+    stated = model_size(model).total_bytes
+    model.save_pretrained(tmp_path)
+    on_disk = (tmp_path / "model.safetensors").stat().st_size
+    assert stated <= on_disk <= 1.01 * stated
+    assert 2.45 < model_size(model).bits_per_weight <= 2.5
+
+
 def test_given_bits_stay_and_count():
     model = _wide_model()
     config = kmq.KMQConfig(allocation="distortion", bits_per_weight=4.5, module_bits={"word_embeddings": 1, r"layer\.0": 7})

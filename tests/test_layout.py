@@ -28,11 +28,17 @@ ALLOWED = {
     "checkpoint": {"checkpoint_plan", "config", "encoding", "hf", "ops", "ranks", "tensor_files"},
     "tasks": set(),
     "pipeline": {"quantize", "modules", "config", "hf", "sensitivity", "tasks"},
+    "comparison": {"config", "pipeline", "tasks"},
     "report": set(),
     "cli_options": set(),
     "cli_checkpoint": {"checkpoint", "checkpoint_plan", "cli_options", "config", "pipeline", "ranks"},
     "cli": {
+<<<<<<< HEAD
         "cli_checkpoint", "cli_options", "config", "hf", "modules", "ops", "pipeline", "quantize", "ranks", "report", "tasks",
+=======
+        "checkpoint", "checkpoint_plan", "comparison", "config", "hf", "modules", "ops", "pipeline", "quantize", "ranks",
+        "report", "tasks", "tensor_files",
+>>>>>>> 32b99b4 (Tell the curves of stage 3 apart; end a curve where training diverged)
     },
 }
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import kmq_kernels as kmq
-from kmq_kernels import cli, pipeline
+from kmq_kernels import cli, comparison, pipeline
 from kmq_kernels.modules import CodebookModule
 from kmq_kernels.tasks import load_task
 
@@ -266,11 +266,11 @@ def test_compare_resumes_and_reports(folder, monkeypatch, capsys):
 def test_lists_of_configurations_that_are_wrong(tmp_path, content, sentence):
     (tmp_path / "list.json").write_text(content)
     with pytest.raises(pipeline.PipelineError, match=sentence):
-        pipeline.read_variants(tmp_path / "list.json")
+        comparison.read_variants(tmp_path / "list.json")
 
 
 def test_standard_list_has_all_systems_and_no_name_twice():
-    names = [variant.name for variant in pipeline.standard_variants()]
+    names = [variant.name for variant in comparison.standard_variants()]
     assert len(names) == len(set(names))
     wanted = {"kmeans-1bit", "linear-1bit", "int8", "paper-3bit", "hessian-2.5bpw", "fisher-3bpw", "kmeans-distill-2bit"}
     assert wanted <= set(names)
@@ -295,6 +295,7 @@ def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
         (["run", "{}/model", "--bits", "9"], 1, "bits: expected an integer from 1 to 8, got 9"),
         (["run", "{}/model", "--steps", "0"], 1, "steps: expected at least 1"),
         (["run", "{}/model", "--size", "much"], 1, "size: expected a size such as"),
+        (["run", "{}/model", "--size", "2KB"], 1, "size: the smallest possible for this model is"),
         (["run", "{}/model", "--compare", "{}/none.json"], 1, "not a list of configurations"),
         (["run", "{}/model", "--bits", "2", "--bits", "2"], 1, "kmeans-2bit: asked for twice"),
         (["report", "{}"], 1, "no results of `kmq run`"),

@@ -86,6 +86,7 @@ def test_series_ticks_and_smoothing():
     assert report.ticks(0.83, 0.91) == [0.84, 0.86, 0.88, 0.9]
     assert report.ticks(2.0, 2.0) == [2.0]
     assert report.smooth([1.0, 3.0, 5.0], 2) == [1.0, 2.0, 4.0]
+    assert report.finite([1.0, 2.0, float("nan"), 3.0]) == [1.0, 2.0]
 
 
 class _Reader(html.parser.HTMLParser):
