@@ -33,12 +33,8 @@ ALLOWED = {
     "cli_options": set(),
     "cli_checkpoint": {"checkpoint", "checkpoint_plan", "cli_options", "config", "pipeline", "ranks"},
     "cli": {
-<<<<<<< HEAD
-        "cli_checkpoint", "cli_options", "config", "hf", "modules", "ops", "pipeline", "quantize", "ranks", "report", "tasks",
-=======
-        "checkpoint", "checkpoint_plan", "comparison", "config", "hf", "modules", "ops", "pipeline", "quantize", "ranks",
-        "report", "tasks", "tensor_files",
->>>>>>> 32b99b4 (Tell the curves of stage 3 apart; end a curve where training diverged)
+        "cli_checkpoint", "cli_options", "comparison", "config", "hf", "modules", "ops", "pipeline", "quantize", "ranks", "report",
+        "tasks",
     },
 }
 
