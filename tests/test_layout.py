@@ -33,8 +33,8 @@ ALLOWED = {
     "cli_options": set(),
     "cli_checkpoint": {"checkpoint", "checkpoint_plan", "cli_options", "config", "pipeline", "ranks"},
     "cli": {
-        "cli_checkpoint", "cli_options", "comparison", "config", "hf", "modules", "ops", "pipeline", "quantize", "ranks", "report",
-        "tasks",
+        "cli_checkpoint", "cli_options", "comparison", "config", "hf", "modules", "ops", "pipeline", "quantize", "ranks",
+        "report", "tasks",
     },
 }
 
