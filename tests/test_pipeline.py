@@ -13,6 +13,7 @@ from kmq_kernels import cli, comparison, pipeline
 from kmq_kernels.modules import CodebookModule
 from kmq_kernels.tasks import load_task
 
+OWN_FILES = ["--train-file", "{}/train.csv", "--validation-file", "{}/dev.csv"]
 WORDS = ["good", "bad", "fine", "poor", "film", "day", "food", "very", "not"]
 
 
@@ -295,7 +296,7 @@ def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
         (["run", "{}/model", "--bits", "9"], 1, "bits: expected an integer from 1 to 8, got 9"),
         (["run", "{}/model", "--steps", "0"], 1, "steps: expected at least 1"),
         (["run", "{}/model", "--size", "much"], 1, "size: expected a size such as"),
-        (["run", "{}/model", "--size", "2KB"], 1, "size: the smallest possible for this model is"),
+        (["run", "{}/model", "--size", "2KB", *OWN_FILES], 1, "size: the smallest possible for this model is"),
         (["run", "{}/model", "--compare", "{}/none.json"], 1, "not a list of configurations"),
         (["run", "{}/model", "--bits", "2", "--bits", "2"], 1, "kmeans-2bit: asked for twice"),
         (["report", "{}"], 1, "no results of `kmq run`"),
