@@ -101,10 +101,11 @@ def _check_weight(name: str, values: Tensor, weight: Tensor | None) -> None:
 
 
 def _compiled(tensors: Sequence[Tensor], weights: Sequence[Tensor | None]) -> bool:
-    """Whether the compiled engine takes these: it works on the CPU, on values and weights of at most 32 bits."""
+    """Whether a compiled engine takes these: there is one for the CPU and one for CUDA, for at most 32 bits, one device."""
     given = [*tensors, *(weight for weight in weights if weight is not None)]
-    fits = all(tensor.device.type == "cpu" and tensor.dtype != torch.float64 for tensor in given)
-    return fits and ops.has_kernel("kmeans", "CPU")
+    fits = len({tensor.device for tensor in given}) == 1 and all(tensor.dtype != torch.float64 for tensor in given)
+    device = given[0].device.type
+    return fits and device in ("cpu", "cuda") and ops.has_kernel("kmeans", device.upper())
 
 
 def _refuse_values(name: str, problem: Array, weight: Array | None) -> None:
@@ -553,12 +554,13 @@ def _cluster_compiled(
     options: _Options,
     on_done: Callable[[int], None] | None,
 ) -> list[ClusteredMatrix]:
-    """In batches of neighbouring matrices: enough work for all threads, small enough for progress to be seen."""
+    """In batches of neighbouring matrices: enough work for all threads, small enough for progress to be seen. On a GPU all at once."""
     done: list[ClusteredMatrix] = []
+    batch = _BATCH if matrices[0].device.type == "cpu" else math.inf
     while len(done) < len(matrices):
         begin = end = len(done)
         size = 0
-        while end < len(matrices) and size < _BATCH:
+        while end < len(matrices) and size < batch:
             size += matrices[end].numel()
             end += 1
         part = slice(begin, end)

@@ -160,7 +160,7 @@ def update(
     return _ops.update(values, assignments, num_centroids, sample_weight)
 
 
-# kmeans: compiled code only. Its plain form is clustering.py itself, which asks `has_kernel` first.
+# kmeans: no reference. Its plain form is clustering.py itself, which asks `has_kernel` first.
 
 
 _library.define(
@@ -195,7 +195,7 @@ def kmeans(
     seed: int,
     names: list[str],
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Clusters matrices (rows, cols) of fp32, bf16 or fp16 on the CPU; group_rows rows share one problem, G for each matrix.
+    """Clusters matrices (rows, cols) of fp32, bf16 or fp16 on one device; group_rows rows share one problem, G for each matrix.
 
     Returns, for each matrix, labels (packed, or (rows, cols) uint8), centroids (G, K) fp32, inertia, n_iter and bound (G,).
     clustering.py has checked shapes and options; raises ValueError where the values of a matrix cannot be clustered.
@@ -207,6 +207,39 @@ def kmeans(
         if fault:
             raise ValueError(_KMEANS_FAULTS[fault].format(name=name))
     return tuple(out)
+
+
+def _kmeans_cuda(
+    values: list[Tensor],
+    sample_weight: list[Tensor | None],
+    num_centroids: list[int],
+    group_rows: list[int],
+    packed: bool,
+    algorithm: str,
+    init: str,
+    max_iter: int,
+    tol: float,
+    seed: int,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[int]]:
+    """kmq::kmeans on a GPU: "optimal" in Triton; what its histograms cannot resolve, and other algorithms, by the CPU's engine."""
+    from .triton_kernels import kmeans as triton_kmeans
+
+    if algorithm == "optimal":
+        *out, faults = triton_kmeans.kmeans(values, sample_weight, num_centroids, group_rows, packed, max_iter)
+        left = [i for i, fault in enumerate(faults) if fault == triton_kmeans.UNRESOLVED_FAULT]
+    else:
+        out, faults, left = [[values[0]] * len(values) for _ in range(5)], [0] * len(values), list(range(len(values)))
+    if left:
+        weights = [sample_weight[i] for i in left]
+        *again, left_faults = _ops.kmeans(
+            [values[i].cpu() for i in left], [None if weight is None else weight.cpu() for weight in weights],
+            [num_centroids[i] for i in left], [group_rows[i] for i in left], packed, algorithm, init, max_iter, tol, seed,
+        )  # fmt: skip
+        for n, i in enumerate(left):
+            faults[i] = left_faults[n]
+            for part, solved in zip(out, again, strict=True):
+                part[i] = solved[n].to(values[i].device)
+    return out[0], out[1], out[2], out[3], out[4], faults
 
 
 # pack, unpack
@@ -623,6 +656,8 @@ _TRITON: dict[str, str] = {
     "dequantize": "dequantize",
     "pack": "pack",
     "unpack": "pack",
+    "assign": "assign",
+    "update": "update",
 }
 
 
@@ -641,6 +676,8 @@ _has_triton = importlib.util.find_spec("triton") is not None
 if _has_triton:
     for _op, _file in _TRITON.items():
         _register_triton(_op, _file)
+    if has_kernel("kmeans", "CPU"):  # which takes over what the GPU leaves
+        _library.impl("kmeans", _kmeans_cuda, "CUDA")
 
 OPS = (
     "assign", "update", "kmeans", "pack", "unpack", "dequantize",
@@ -653,6 +690,8 @@ OPS = (
 def _cuda_implementation(op: str) -> str:
     if op in _TRITON:
         return "Triton (fp64: plain torch)" if _has_triton else "plain torch: triton is not installed"
+    if op == "kmeans":
+        return "Triton, and C++ on the CPU" if has_kernel(op, "CUDA") else "NumPy: needs triton and the extension"
     return "CUDA C++" if has_kernel(op, "CUDA") else "plain torch"
 
 
