@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+BENCHMARKS = ("gpu_kmeans",)  # modules beside this one; rows() of each gives entries of the result file
 
 
 def main() -> int:
-    """Exit code 0 where the build and every test passed."""
+    """Exit code 0 where the build, every test and every benchmark passed."""
     import torch
 
     if not torch.cuda.is_available():
@@ -44,6 +45,19 @@ def main() -> int:
             "seconds": round(time.perf_counter() - start, 1),
             "summary": done.stdout.strip().splitlines()[-1:] or done.stderr.strip().splitlines()[-1:],
         }
+        failed |= done.returncode != 0
+    for module in BENCHMARKS:  # each in a process of its own: a device error in one does not reach the others
+        start = time.perf_counter()
+        code = f"import json; from benchmarks import {module}; print(json.dumps({module}.rows()))"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        lines = done.stdout.strip().splitlines()
+        facts[module] = {
+            "exit": done.returncode,
+            "seconds": round(time.perf_counter() - start, 1),
+            "rows": json.loads(lines[-1]) if done.returncode == 0 else done.stderr.strip().splitlines()[-5:],
+        }
+        print(json.dumps(facts[module], indent=1))
         failed |= done.returncode != 0
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
     result = ROOT / "benchmarks" / "results" / f"{name}.json"

@@ -410,6 +410,7 @@ def kmeans(
     algorithm: "optimal" solves the problem on a fine adaptive grid by dynamic programming, then Lloyd on all values; "exact" the
     global optimum over all distinct values; "lloyd" iterates from `init` ("k-means++", "linear", "random", "quantile") until
     the partition stands still, the centroids move less than `tol` (relative to the variance, as in scikit-learn), or `max_iter`.
+    On CUDA tensors "optimal" runs on the device, where `bound` is not known.
     seed makes "k-means++" and "random" repeatable; each problem draws from the same seed, whatever stands beside it.
 
     Returns a KMeansResult, a list of them for a list. The centroids ascend; assignments are searchsorted((c[1:] + c[:-1]) / 2,
@@ -554,7 +555,7 @@ def _cluster_compiled(
     options: _Options,
     on_done: Callable[[int], None] | None,
 ) -> list[ClusteredMatrix]:
-    """In batches of neighbouring matrices: enough work for all threads, small enough for progress to be seen. On a GPU all at once."""
+    """In batches of neighbouring matrices: work for all threads, small enough for progress to be seen. On a GPU all at once."""
     done: list[ClusteredMatrix] = []
     batch = _BATCH if matrices[0].device.type == "cpu" else math.inf
     while len(done) < len(matrices):

@@ -43,9 +43,11 @@ def count(dtype, weighted):
 
 
 def solve(levels):
-    signature = {"frame_ptr": "*fp32", "status_ptr": "*i32", "bins_ptr": "*i64", "ends_ptr": "*i64", **SOLVE, "bins": "i32", **SIZES}
+    signature = {"frame_ptr": "*fp32", "status_ptr": "*i32", "bins_ptr": "*i64", "ends_ptr": "*i64", **SOLVE}
+    signature |= {"bins": "i32", **SIZES}
     flags = {"DTYPE": "tl.float32", "BITS": 11 if levels <= 4 else 12, "WEIGHTED": False, "LEVELS": levels}
-    flags |= {"WIDTH": 128 if levels <= 5 else 64, "GROUPS": 2048 if levels <= 4 else 4096, "CHUNK": 1024, "SPLITS": 8, "PART": 32}
+    flags |= {"WIDTH": 128 if levels <= 5 else 64, "GROUPS": 2048 if levels <= 4 else 4096}
+    flags |= {"CHUNK": 1024, "SPLITS": 8, "PART": 32}
     return kernel("kmeans:solve_kernel", signature, flags, num_warps=8, maxnreg=255)
 
 

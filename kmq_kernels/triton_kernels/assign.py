@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..packing import BLOCK, row_bytes
 from . import worklist
+from .dequantize import on_device
 from .worklist import ALIGNED, COLS, COUNT, OUT, VALUES, WEIGHT, address, number
 
 TILE = 4096  # values that one program labels
@@ -228,11 +229,12 @@ def _launch(work: worklist.WorkList, centroids: Tensor, dtype: torch.dtype, pack
     if work.tiles == 0:
         return
     pivots = pivots_of(centroids)
-    assign_kernel[(work.tiles,)](
-        work.table, work.problem, work.tile, pivots, pivots, pivots, pivots, centroids.shape[1],
-        DTYPE=worklist.DTYPES[dtype], LEVELS=levels_of(centroids.shape[1]), TILE=TILE, PACKED=packed, ERROR=False,
-        WEIGHTED=False, num_warps=4 if packed else 8,
-    )  # fmt: skip
+    with on_device(pivots):
+        assign_kernel[(work.tiles,)](
+            work.table, work.problem, work.tile, pivots, pivots, pivots, pivots, centroids.shape[1],
+            DTYPE=worklist.DTYPES[dtype], LEVELS=levels_of(centroids.shape[1]), TILE=TILE, PACKED=packed, ERROR=False,
+            WEIGHTED=False, num_warps=4 if packed else 8,
+        )  # fmt: skip
 
 
 def assign(values: Tensor, centroids: Tensor) -> Tensor:

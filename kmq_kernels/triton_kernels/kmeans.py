@@ -2,10 +2,10 @@
 
 A problem of more than SMALL values is counted in a histogram; a smaller one is sorted by one program (kmeans_rows.py). Both end
 in kmeans_solve.py, on points. The histogram is the CPU engine's: its key of y = value - origin is the bit pattern of
-|y| + scale without its low bits, with a sample's median and size as origin and scale: 2**bits bins up to `scale` and in each of the
-next four octaves, then 8 an octave to the end of fp32. The low bits (8 of them) are summed beside the count in one 64-bit
+|y| + scale without its low bits, with a sample's median and size as origin and scale: 2**bits bins up to `scale` and in each of
+the next four octaves, then 8 an octave to the end of fp32. The low bits (8 of them) are summed beside the count in one 64-bit
 integer, so a bin knows the mean of its members; for weights there are two such integers in fixed point. 16-bit values count
-under their own bits. All sums of the histogram are integers: the order of the atomics does not matter, the bits are always the same.
+under their own bits. All sums of the histogram are integers: the order of the atomics does not matter.
 
 Bins wider than the values differ cannot tell few distinct values apart. Where few bins are occupied, and for values far out,
 the smallest and the largest key of each bin are kept too: a bin whose two are equal stands for one value, exactly.
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..packing import BLOCK, row_bytes
 from . import worklist
 from .assign import TILE, assign_kernel, levels_of, nearest
+from .dequantize import on_device
 from .kmeans_rows import PART, PROGRAMS, SMALL, SPLITS, launch_rows
 from .kmeans_solve import of_sort_key, solve_points, sort_key, write_centroids
 from .worklist import COUNT, FIRST, VALUES, WEIGHT, address, number, tile_list
@@ -140,20 +141,17 @@ def count_kernel(
 ):  # fmt: skip
     """Counts one tile into the bins (P, 1 or 2, bins) int64 of its problem; with ENDS, the ends of all bins, where asked for.
 
-    ends (P, 2, bins) int64: the largest sort key, and the largest of 2**32 - key, of the values of a bin, 0 where none were noted.
+    ends (P, 2, bins) int64: the largest sort key, and the largest of 2**32 - key, of the values of a bin, 0 where none is noted.
     """
     i = tl.program_id(0).to(tl.int64)
     problem = tl.load(problem_ptr + i).to(tl.int64)
-    if ENDS:
-        wanted = tl.load(middle_ptr + problem) < 0
-    else:
-        wanted = True
-    if wanted:
+    middle = tl.load(middle_ptr + problem)
+    if (middle < 0) == ENDS:
         count = number(table_ptr, problem, COUNT)
         at = tl.load(tile_ptr + i).to(tl.int64) * TILE + tl.arange(0, TILE)
         inside = at < count
         ends_ptr += problem * 2 * bins
-        if DTYPE == tl.float32:
+        if tl.float32 == DTYPE:
             origin, scale = tl.load(frame_ptr + 2 * problem), tl.load(frame_ptr + 2 * problem + 1)
             x = tl.load(address(table_ptr, problem, VALUES, tl.float32) + at, mask=inside, other=0.0)
             finite = tl.abs(x) <= 3.4028234e38
@@ -172,13 +170,12 @@ def count_kernel(
         else:
             raw = tl.load(address(table_ptr, problem, VALUES, tl.int16) + at, mask=inside, other=0)
             bin, size = _half_bin_of(raw)
-            finite = size < (0x7F80 if DTYPE == tl.bfloat16 else 0x7C00)
+            finite = size < (0x7F80 if tl.bfloat16 == DTYPE else 0x7C00)
             good = inside & finite
             place = tl.zeros((TILE,), tl.int32)
         if not ENDS:
             if tl.max((inside & (finite == 0)).to(tl.int32), 0) > 0:
                 tl.atomic_or(status_ptr + problem, VALUES_NOT_FINITE)
-            middle = tl.load(middle_ptr + problem)
             often = good & (bin == middle)  # zeros of a pruned tensor, say: one addition for all of them
             others = good & (bin != middle)
             if WEIGHTED:
@@ -209,7 +206,7 @@ def _points(bins_ptr, ends_ptr, origin, scale, i, bins, DTYPE: tl.constexpr, BIT
         both = tl.load(bins_ptr + i)
         weight = (both >> FIELD).to(tl.float64)
         place = ((both & (ONE - 1)).to(tl.float64) + 0.5 * weight) * 0.00390625
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         NEAR: tl.constexpr = 5 << BITS
         LOW: tl.constexpr = 23 - BITS
         negative = i < NEAR + FAR_BINS
@@ -235,13 +232,13 @@ def _points(bins_ptr, ends_ptr, origin, scale, i, bins, DTYPE: tl.constexpr, BIT
         return x, weight, single | (held == 0)
     else:
         bits = tl.abs(i - 32768)
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             size32 = (bits << 16).to(tl.float32, bitcast=True)
             finite = bits < 0x7F80
         else:
             size32 = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
             finite = bits < 0x7C00
-        largest = 3.3895313892515355e38 if DTYPE == tl.bfloat16 else 65504.0
+        largest = 3.3895313892515355e38 if tl.bfloat16 == DTYPE else 65504.0
         size32 = tl.where(finite, size32, largest)
         return tl.where(i < 32768, -size32, size32).to(tl.float64), weight, finite | True
 
@@ -261,8 +258,8 @@ def look_kernel(bins_ptr, middle_ptr, bins, CHUNK: tl.constexpr, WEIGHTED: tl.co
 
 @triton.jit
 def solve_kernel(
-    frame_ptr, status_ptr, bins_ptr, ends_ptr, points_ptr, cells_ptr, cell_ptr, grown_ptr, bounds_ptr, choice_ptr, best_ptr, c_ptr,
-    centroids_ptr, pivots_ptr, unit_ptr, doubt_ptr, check_ptr, iterations_ptr, bins, K, count, stride_cells, max_iter,
+    frame_ptr, status_ptr, bins_ptr, ends_ptr, points_ptr, cells_ptr, cell_ptr, grown_ptr, bounds_ptr, choice_ptr, best_ptr,
+    c_ptr, centroids_ptr, pivots_ptr, unit_ptr, doubt_ptr, check_ptr, iterations_ptr, bins, K, count, stride_cells, max_iter,
     DTYPE: tl.constexpr, BITS: tl.constexpr, WEIGHTED: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
@@ -287,7 +284,7 @@ def solve_kernel(
         choice_ptr += problem * ((KP + 1) * WIDTH)
         best_ptr += problem * WIDTH
         c_ptr += problem * KP
-        if DTYPE == tl.float32:
+        if tl.float32 == DTYPE:
             origin, scale = tl.load(frame_ptr + 2 * problem), tl.load(frame_ptr + 2 * problem + 1)
         else:
             origin, scale = tl.full((), 0, tl.float32), tl.full((), 1, tl.float32)
@@ -306,7 +303,7 @@ def solve_kernel(
             occupied += tl.sum((w > 0).to(tl.int32), 0)
             mixed = (w > 0) & (single == 0)
             blurred += tl.sum(mixed.to(tl.int32), 0)
-            if DTYPE == tl.float32:
+            if tl.float32 == DTYPE:
                 outside = (i < FAR_BINS) | (i >= bins - FAR_BINS)
                 far += tl.sum(tl.where(mixed & outside, w, 0.0), 0)
         if total == 0:
@@ -318,7 +315,7 @@ def solve_kernel(
             # A power of two as unit: dividing by it is exact, and errors neither overflow nor vanish in fp32.
             mean = first / total
             unit = scale.to(tl.float64)
-            if DTYPE != tl.float32:
+            if tl.float32 != DTYPE:
                 spread = none
                 for start in range(0, bins, CHUNK):
                     i = start + tl.arange(0, CHUNK)
@@ -355,8 +352,8 @@ def solve_kernel(
                 status |= UNRESOLVED
             if status == 0:
                 iterations, distinct = solve_points(
-                    y_ptr, w_ptr, s_ptr, q_ptr, cells_ptr, cell_ptr, grown_ptr, bounds_ptr, choice_ptr, best_ptr, c_ptr, bins, mean, K,
-                    count, stride_cells, max_iter, KP, WIDTH, GROUPS, CHUNK, SPLITS, PART, False,
+                    y_ptr, w_ptr, s_ptr, q_ptr, cells_ptr, cell_ptr, grown_ptr, bounds_ptr, choice_ptr, best_ptr, c_ptr, bins,
+                    mean, K, count, stride_cells, max_iter, KP, WIDTH, GROUPS, CHUNK, SPLITS, PART, False,
                 )  # fmt: skip
                 if iterations < 0:
                     status |= UNRESOLVED
@@ -487,10 +484,14 @@ class Plan:
         self.waves = []
         for begin in range(0, problems, size):  # as many problems as their workspace allows
             part = slice(begin, begin + size)
-            args = (owner[part], first_row[part] * cols[part], first_row[part] * width[owner[part]])
-            tables = [self.values, self.labels, self.weights, count[part], cols[part], *args]
-            labels = worklist.build(*tables, tiles[part])
-            self.waves.append(_Wave(begin, labels, worklist.build(*tables, -(-count[part] // COUNT_TILE)), scratch))
+            labels, counting = (
+                worklist.build(
+                    self.values, self.labels, self.weights, count[part], cols[part], owner[part],
+                    first_row[part] * cols[part], first_row[part] * width[owner[part]], tiles_of[part],
+                )
+                for tiles_of in (tiles, -(-count // COUNT_TILE))
+            )  # fmt: skip
+            self.waves.append(_Wave(begin, labels, counting, scratch))
         self.error = self._new((max(wave.labels.tiles for wave in self.waves),), torch.float64)
         self.longest = int(count.max())
         if self.longest > (SMALL if small else MOST_VALUES):
@@ -534,23 +535,26 @@ class Plan:
 
     def launch(self) -> None:
         """Clusters: kernels and fills on the current stream, nothing else."""
-        self.status.zero_()
-        for wave in self.waves:
-            for name in ("marks", "check", "bins", "ends", "largest"):
-                if name in wave.scratch:
-                    wave.scratch[name].zero_()
-            (self._sort if self.small else self._count)(wave)
-            self._label(wave)
+        with on_device(self.status):
+            self.status.zero_()
+            for wave in self.waves:
+                for name in ("marks", "check", "bins", "ends", "largest"):
+                    if name in wave.scratch:
+                        wave.scratch[name].zero_()
+                (self._sort if self.small else self._count)(wave)
+                self._label(wave)
 
     def _part(self, wave: _Wave) -> list[Tensor]:
         end = wave.begin + len(wave.labels.table)
-        return [t[wave.begin : end] for t in (self.status, self.centroids, self.pivots, self.iterations, self.inertia, self.bound)]
+        whole = self.status, self.centroids, self.pivots, self.iterations, self.inertia, self.bound
+        return [tensor[wave.begin : end] for tensor in whole]
 
     def _sort(self, wave: _Wave) -> None:
         status, centroids, pivots, iterations, _, _ = self._part(wave)
         launch_rows(
-            wave.labels.table, status, centroids, pivots, wave.scratch["unit"], wave.scratch["marks"][0], wave.scratch["check"], iterations,
-            wave.scratch, dtype=self.dtype, weighted=self.weights is not None, num_centroids=self.K, size=self.bins,
+            wave.labels.table, status, centroids, pivots, wave.scratch["unit"], wave.scratch["marks"][0],
+            wave.scratch["check"], iterations, wave.scratch, dtype=self.dtype,
+            weighted=self.weights is not None, num_centroids=self.K, size=self.bins,
             count=self.cells, most_cells=self.most_cells, width=self.width, max_iter=self.max_iter,
         )  # fmt: skip
 
@@ -574,10 +578,11 @@ class Plan:
             count_kernel[(tiles.tiles,)](*count, ENDS=True, **flags)
         work = [scratch[name] for name in ("points", "cells", "cell", "grown", "bounds", "choice", "best", "c")]
         solve_kernel[(P,)](
-            frame, status, bins, ends, *work, centroids, pivots, scratch["unit"], scratch["marks"][0], scratch["check"], iterations,
-            self.bins,
+            frame, status, bins, ends, *work, centroids, pivots, scratch["unit"], scratch["marks"][0], scratch["check"],
+            iterations, self.bins,
             self.K, self.cells, self.most_cells, self.max_iter, DTYPE=dtype, BITS=bits, WEIGHTED=weighted,
-            LEVELS=self.levels, WIDTH=self.width, GROUPS=self.group_count, CHUNK=1024, SPLITS=SPLITS, PART=PART, num_warps=8, maxnreg=255,
+            LEVELS=self.levels, WIDTH=self.width, GROUPS=self.group_count, CHUNK=1024, SPLITS=SPLITS, PART=PART,
+            num_warps=8, maxnreg=255,
         )  # fmt: skip
 
     def _label(self, wave: _Wave) -> None:
@@ -593,16 +598,17 @@ class Plan:
             DTYPE=worklist.DTYPES[self.dtype], LEVELS=self.levels, TILE=COUNT_TILE, num_warps=8,
         )  # fmt: skip
         finish_kernel[(len(labels.table),)](
-            labels.table, wave.scratch["unit"], self.error, status, doubt, used, check, inertia, bound, self.K, len(labels.table), labels.tiles,
+            labels.table, wave.scratch["unit"], self.error, status, doubt, used, check, inertia, bound, self.K,
+            len(labels.table), labels.tiles,
             KP=1 << self.levels, CHUNK=256, num_warps=4,
         )  # fmt: skip
 
 
 def fault_of(status: int) -> int:
     """The number of the first fault in a status, as kmq::kmeans returns it: 0 for none, UNRESOLVED_FAULT for unresolved."""
-    for number, bit in enumerate((VALUES_NOT_FINITE, WEIGHTS_NOT_FINITE, WEIGHTS_NEGATIVE, WEIGHTS_ZERO, UNRESOLVED), 1):
+    for fault, bit in enumerate((VALUES_NOT_FINITE, WEIGHTS_NOT_FINITE, WEIGHTS_NEGATIVE, WEIGHTS_ZERO, UNRESOLVED), 1):
         if status & bit.value:
-            return number
+            return fault
     return 0
 
 

@@ -59,7 +59,8 @@ def _item(item_ptr, at, n, WEIGHTED: tl.constexpr):
 
 @triton.jit
 def rows_kernel(
-    table_ptr, status_ptr, points_ptr, cells_ptr, cell_ptr, grown_ptr, bounds_ptr, choice_ptr, best_ptr, c_ptr, centroids_ptr, pivots_ptr,
+    table_ptr, status_ptr, points_ptr, cells_ptr, cell_ptr, grown_ptr, bounds_ptr, choice_ptr, best_ptr, c_ptr, centroids_ptr,
+    pivots_ptr,
     unit_ptr, doubt_ptr, check_ptr, iterations_ptr, problems, K, count, stride_cells, max_iter,
     DTYPE: tl.constexpr, WEIGHTED: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, PART: tl.constexpr,
@@ -165,7 +166,8 @@ def rows_kernel(
             tl.debug_barrier()
             if status == 0:
                 iterations, distinct = solve_points(
-                    y_ptr, w_ptr, s_ptr, q_ptr, cells_ptr, cell_ptr, grown_ptr, bounds_ptr, choice_ptr, best_ptr, c_ptr, n, mean, K, count,
+                    y_ptr, w_ptr, s_ptr, q_ptr, cells_ptr, cell_ptr, grown_ptr, bounds_ptr, choice_ptr, best_ptr, c_ptr, n, mean,
+                    K, count,
                     stride_cells, max_iter, KP, WIDTH, GROUPS, CHUNK, SPLITS, PART, True,
                 )  # fmt: skip
                 if iterations < 0:
@@ -181,15 +183,17 @@ def rows_kernel(
 
 
 def launch_rows(
-    table: Tensor, status: Tensor, centroids: Tensor, pivots: Tensor, unit: Tensor, doubt: Tensor, check: Tensor, iterations: Tensor,
-    scratch: dict[str, Tensor], *, dtype: torch.dtype, weighted: bool, num_centroids: int, size: int, count: int, most_cells: int,
+    table: Tensor, status: Tensor, centroids: Tensor, pivots: Tensor, unit: Tensor, doubt: Tensor, check: Tensor,
+    iterations: Tensor, scratch: dict[str, Tensor], *, dtype: torch.dtype, weighted: bool, num_centroids: int,
+    size: int, count: int, most_cells: int,
     width: int, max_iter: int,
 ) -> None:  # fmt: skip
     """Solves the problems of a table, all of at most `size` values."""
     work = [scratch[name] for name in ("points", "cells", "cell", "grown", "bounds", "choice", "best", "c")]
     levels = pivots.shape[1].bit_length() - 1
     rows_kernel[(len(work[0]),)](
-        table, status, *work, centroids, pivots, unit, doubt, check, iterations, len(table), num_centroids, count, most_cells, max_iter,
+        table, status, *work, centroids, pivots, unit, doubt, check, iterations, len(table), num_centroids, count, most_cells,
+        max_iter,
         DTYPE=worklist.DTYPES[dtype], WEIGHTED=weighted, SIZE=size, LEVELS=levels, WIDTH=width, GROUPS=max(2, size // 16),
         CHUNK=min(size, 1024), SPLITS=SPLITS, PART=PART, num_warps=8, maxnreg=255,
     )  # fmt: skip

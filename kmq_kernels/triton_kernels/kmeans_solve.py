@@ -157,7 +157,7 @@ def _move_in_windows(
         tl.debug_barrier()
     tl.debug_barrier()
     taken = 0
-    for back in range(0, K):
+    for back in range(K):
         k = K - back
         taken = tl.load(choice_ptr + k * WIDTH + taken).to(tl.int32)
         tl.store(next_ptr + k - 1, _place(bounds_ptr, k - 1, K, m, stride, taken - WIDTH // 2))
@@ -251,13 +251,14 @@ def _lloyd(y_ptr, w_ptr, s_ptr, c_ptr, edges_ptr, n, mean, K, edges, max_iter, K
 
 @triton.jit
 def solve_points(
-    y_ptr, w_ptr, s_ptr, q_ptr, cells_ptr, cell_ptr, grown_ptr, bounds_ptr, choice_ptr, best_ptr, c_ptr, n, mean, K, count, stride_cells,
-    max_iter, KP: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
-    PART: tl.constexpr, RUNS: tl.constexpr,
+    y_ptr, w_ptr, s_ptr, q_ptr, cells_ptr, cell_ptr, grown_ptr, bounds_ptr, choice_ptr, best_ptr, c_ptr, n, mean, K, count,
+    stride_cells, max_iter, KP: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
+    SPLITS: tl.constexpr, PART: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """Writes the centroids to c (K,), ascending; returns the number of iterations and of distinct points with weight.
 
-    RUNS: points at the same place may follow each other, and count as one. The iterations are -1 where the cells are too few to tell K clusters apart.
+    RUNS: points at the same place may follow each other, and count as one. The iterations are -1 where the cells are too few to
+    tell K clusters apart.
 
     Workspace: cells (stride_cells,) int32; cell (3, stride_cells) fp64; grown (GROUPS + 1,) fp32; bounds (2, KP + 2) int32;
     choice (KP + 1, WIDTH) uint8; best (WIDTH,) fp32.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import worklist
 from .assign import levels_of, nearest, pivots_of
+from .dequantize import on_device
 from .worklist import COUNT, FIRST, OUT, VALUES, WEIGHT, address, number
 
 TILE = 4096  # values that one program sums
@@ -25,7 +26,8 @@ DEPTH = 32  # of them at a time by matrices
 @triton.jit
 def update_kernel(
     table_ptr, problem_ptr, tile_ptr, pivots_ptr, sums_ptr,
-    DTYPE: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, WEIGHTED: tl.constexpr, FUSED: tl.constexpr,
+    DTYPE: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, WEIGHTED: tl.constexpr,
+    FUSED: tl.constexpr,
 ):  # fmt: skip
     """sums (T, 2, 2**LEVELS) fp64 <- sums of weight * value and of weight of the tile; FUSED: writes the assignments as well."""
     KP: tl.constexpr = 1 << LEVELS
@@ -100,14 +102,15 @@ def _sum(
     if work.tiles == 0:
         return sums, weights
     parts = sums.new_empty(work.tiles, 2, 1 << levels)
-    update_kernel[(work.tiles,)](
-        work.table, work.problem, work.tile, parts if pivots is None else pivots, parts,
-        DTYPE=worklist.DTYPES[dtype], LEVELS=levels, TILE=TILE, STEP=LANES if levels <= 4 else DEPTH, WEIGHTED=weighted,
-        FUSED=pivots is not None, num_warps=4 if levels <= 4 else 1,
-    )  # fmt: skip
-    add_tiles_kernel[(problems,)](
-        work.table, parts, sums, weights, num_centroids, problems, work.tiles, KP=1 << levels, DEPTH=16, num_warps=4
-    )
+    with on_device(parts):
+        update_kernel[(work.tiles,)](
+            work.table, work.problem, work.tile, parts if pivots is None else pivots, parts,
+            DTYPE=worklist.DTYPES[dtype], LEVELS=levels, TILE=TILE, STEP=LANES if levels <= 4 else DEPTH, WEIGHTED=weighted,
+            FUSED=pivots is not None, num_warps=4 if levels <= 4 else 1,
+        )  # fmt: skip
+        add_tiles_kernel[(problems,)](
+            work.table, parts, sums, weights, num_centroids, problems, work.tiles, KP=1 << levels, DEPTH=16, num_warps=4
+        )
     return sums, weights
 
 
@@ -128,7 +131,7 @@ def update(
 
 
 def step(values: Tensor, centroids: Tensor, sample_weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """One Lloyd step in one read: assignments (B, N) uint8 to centroids (B, K) fp32 ascending, and their sums and weights (B, K)."""
+    """A Lloyd step in one read: assignments (B, N) uint8 to centroids (B, K) fp32 ascending, their sums and weights (B, K)."""
     labels = torch.empty_like(values, dtype=torch.uint8, memory_format=torch.contiguous_format)
     weight = None if sample_weight is None else sample_weight.float().contiguous()
     kept = values.contiguous()
