@@ -38,8 +38,8 @@ def sources(pattern: str) -> list[str]:
 
 
 # No -march or -mavx2 here: a kernel that needs AVX2 says so at the function and is chosen at run time. Contraction of a * b + c
-# is off so that the scalar and vector paths round alike.
-cxx = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+# is off so that the scalar and vector paths round alike. PyTorch's headers need C++20 from 2.14 on.
+cxx = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 # at::parallel_for runs serially in a file compiled without OpenMP. Only the compiler is told: the runtime is the one torch loads.
 if sys.platform == "linux":
     cxx.append("-fopenmp")

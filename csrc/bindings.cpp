@@ -5,9 +5,9 @@
 
 #include <algorithm>
 #ifdef KMQ_CUDA
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #endif
 
 #include "kmq.h"
@@ -275,7 +275,7 @@ Tensor codebook_grad_cuda(const Tensor& grad_in, const Tensor& packed_in, int64_
   Tensor out = at::empty({num_codebooks, num_centroids}, grad.options().dtype(wide(grad.scalar_type())));
   Tensor workspace = at::empty({kmq::cuda::codebook_grad_workspace(matrix, num_codebooks, group_rows)}, grad.options().dtype(at::kDouble));
   kmq::cuda::codebook_grad(grad.const_data_ptr(), dtype_of(grad), matrix, num_codebooks, group_rows,
-                           workspace.mutable_data_ptr<double>(), out.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
+                           workspace.mutable_data_ptr<double>(), out.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
