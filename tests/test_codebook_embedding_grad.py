@@ -20,6 +20,17 @@ def problem(rows: int, cols: int, count: int, bits: int, dtype: torch.dtype) -> 
     return grad_output, ids, index, kmq.pack(index, bits)
 
 
+def assert_sums(out: torch.Tensor, grad_output, ids, index: torch.Tensor, bits: int, group_rows: int, padding_idx: int) -> None:
+    """Within a few roundings of the sum of magnitudes."""
+    grad64, rows = grad_output.double().numpy(), index.shape[0]
+    weight_grad = oracles.embedding_weight_grad(grad64, ids.numpy(), rows, padding_idx)
+    magnitude = oracles.embedding_weight_grad(np.abs(grad64), ids.numpy(), rows, padding_idx)
+    expected = oracles.cluster_sums(weight_grad, index.numpy(), 2**bits, group_rows)
+    scale = oracles.cluster_sums(magnitude, index.numpy(), 2**bits, group_rows)
+    unit = 1e-14 if grad_output.dtype == torch.float64 else 1e-6
+    assert np.all(np.abs(out.double().numpy() - expected) <= unit * scale)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("implementation", [torch.ops.kmq.codebook_embedding_grad, reference.codebook_embedding_grad])
@@ -27,15 +38,9 @@ def test_against_brute_force(bits: int, dtype: torch.dtype, implementation) -> N
     for rows, cols, count in SHAPES[: 3 if bits in (2, 4) else 2]:
         grad_output, ids, index, packed = problem(rows, cols, count, bits, dtype)
         for padding_idx in (-1, int(ids[0])):
-            grad64 = grad_output.double().numpy()
-            weight_grad = oracles.embedding_weight_grad(grad64, ids.numpy(), rows, padding_idx)
-            magnitude = oracles.embedding_weight_grad(np.abs(grad64), ids.numpy(), rows, padding_idx)
             for group_rows in {min(8, rows), rows}:
                 out = implementation(grad_output, ids, packed, -(-rows // group_rows), 2**bits, group_rows, padding_idx)
-                expected = oracles.cluster_sums(weight_grad, index.numpy(), 2**bits, group_rows)
-                scale = oracles.cluster_sums(magnitude, index.numpy(), 2**bits, group_rows)
-                unit = 1e-14 if dtype == torch.float64 else 1e-6
-                assert np.all(np.abs(out.double().numpy() - expected) <= unit * scale)
+                assert_sums(out, grad_output, ids, index, bits, group_rows, padding_idx)
 
 
 def test_no_ids_give_zero() -> None:

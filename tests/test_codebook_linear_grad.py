@@ -20,6 +20,15 @@ def problem(M: int, OUT: int, IN: int, bits: int, dtype: torch.dtype) -> tuple[t
     return grad_output, input, index, kmq.pack(index, bits)
 
 
+def assert_sums(out: torch.Tensor, grad_output, input, index: torch.Tensor, bits: int, group_rows: int) -> None:
+    """Within a few roundings of the sum of magnitudes."""
+    left, right = grad_output.double().numpy(), input.double().numpy()
+    expected = oracles.cluster_sums(oracles.linear_weight_grad(left, right), index.numpy(), 2**bits, group_rows)
+    scale = oracles.cluster_sums(oracles.linear_weight_grad(np.abs(left), np.abs(right)), index.numpy(), 2**bits, group_rows)
+    unit = 1e-14 if input.dtype == torch.float64 else 1e-6
+    assert np.all(np.abs(out.double().numpy() - expected) <= unit * scale)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("implementation", [torch.ops.kmq.codebook_linear_grad, reference.codebook_linear_grad])
@@ -27,15 +36,9 @@ def test_against_brute_force(bits: int, dtype: torch.dtype, implementation) -> N
     shapes = SHAPES if bits in (1, 4, 7) else SHAPES[:2]
     for M, OUT, IN in shapes:
         grad_output, input, index, packed = problem(M, OUT, IN, bits, dtype)
-        left, right = grad_output.double().numpy(), input.double().numpy()
-        weight_grad = oracles.linear_weight_grad(left, right)
-        magnitude = oracles.linear_weight_grad(np.abs(left), np.abs(right))
         for group_rows in {1, min(8, OUT), OUT}:
             out = implementation(grad_output, input, packed, -(-OUT // group_rows), 2**bits, group_rows)
-            expected = oracles.cluster_sums(weight_grad, index.numpy(), 2**bits, group_rows)
-            scale = oracles.cluster_sums(magnitude, index.numpy(), 2**bits, group_rows)
-            unit = 1e-14 if dtype == torch.float64 else 1e-6
-            assert np.all(np.abs(out.double().numpy() - expected) <= unit * scale)
+            assert_sums(out, grad_output, input, index, bits, group_rows)
 
 
 def test_no_rows_of_input_give_zero() -> None:

@@ -25,6 +25,7 @@ class Tile(NamedTuple):
 
 
 TILE = Tile(128, 128, 64, 8, 3)
+TILE_GROUPED = Tile(64, 128, 64, 4, 3)  # sums of rows need more registers
 TILE_FP32 = Tile(64, 64, 32, 4, 3)
 PIECE = 512  # rows of the batch that a piece has at least: an epilogue must be worth its tile
 
@@ -144,7 +145,7 @@ def codebook_linear_grad(
     x = input.reshape(-1, input.shape[-1]).to(dtype).contiguous()
     if grad.numel() == 0 or x.numel() == 0:
         return torch.zeros(num_codebooks, num_centroids, device=input.device)
-    tile = TILE_FP32 if dtype == torch.float32 else TILE
+    tile = TILE_FP32 if dtype == torch.float32 else TILE if num_codebooks == 1 else TILE_GROUPED
     tiles = triton.cdiv(grad.shape[1], tile.rows) * triton.cdiv(x.shape[1], tile.cols)
     pieces = _pieces(grad.shape[0], tiles, x.device)
     current = torch.cuda.device(x.device if x.is_cuda else -1)  # -1 changes nothing
