@@ -49,7 +49,7 @@ test-slow: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks/bench_ops.py --benchmark-only
-	for script in kmeans codebook_linear codebook_grad; do $(BIN)/python benchmarks/bench_$$script.py || exit 1; done
+	for script in kmeans codebook_linear codebook_grad training_step; do $(BIN)/python benchmarks/bench_$$script.py || exit 1; done
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py

@@ -1,8 +1,9 @@
 """A step of the second fine-tuning (stage 3) beside a step of ordinary fp32 fine-tuning: time, and peak memory above the model.
 
-Both are the same MiniLM classifier with random weights, the same batches, AdamW, and no gradient clipping; stage 3 has every embedding and linear
-weight but the classifier in codebooks. Times: both models in one process, steps interleaved, the median of the ratios of neighbours.
-Memory: a process of its own for each, the peak resident size over five steps above that of the loaded model (Linux).
+Both are the same MiniLM classifier with random weights, the same batches, AdamW, and no gradient clipping; stage 3 has every
+embedding and linear weight but the classifier in codebooks. Times: both models in one process, steps interleaved, the median of
+the ratios of neighbours. Memory: a process of its own for each, the peak resident size over five steps above that of the loaded
+model (Linux).
 """
 
 import argparse
@@ -46,7 +47,8 @@ def prepare(kind: str, model: nn.Module, bits: int) -> torch.optim.Optimizer:
 def batch(size: int, length: int, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1000, 30522, (size, length), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(0, 77, (size,), generator=generator)}
+    labels = torch.randint(0, 77, (size,), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Tensor]) -> float:
@@ -66,7 +68,7 @@ def resident(field: str) -> int:
 def peak(kind: str, bits: int, size: int, length: int, threads: int) -> dict[str, float]:
     """Peak memory of five steps above the loaded model, in bytes. To be run in a process that did nothing else."""
     torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as folder:  # the model is loaded as it would be for training: no copy of another form is left
+    with tempfile.TemporaryDirectory() as folder:  # loaded as for training: no other form of the model is left in memory
         path = Path(folder) / "model.pt"
         made = subprocess.run([sys.executable, __file__, "--make", kind, str(path), "--bits", str(bits)], check=False)
         assert made.returncode == 0
@@ -129,14 +131,15 @@ def main() -> None:
     table = {}
     for kind in seconds:
         command = [sys.executable, __file__, "--peak", kind]
-        command += [text for name in ("bits", "batch", "length", "threads") for text in (f"--{name}", str(getattr(arguments, name)))]
+        for name in ("bits", "batch", "length", "threads"):
+            command += [f"--{name}", str(getattr(arguments, name))]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "MALLOC_ARENA_MAX": "1"})
         table[kind] = json.loads(done.stdout.splitlines()[-1])
         table[kind]["ms"] = statistics.median(seconds[kind]) * 1e3
     ratio = statistics.median(b / a for a, b in zip(seconds["fp32"], seconds["stage 3"], strict=True))
     for kind, row in table.items():
-        print(f"{kind:8} {row['ms']:7.1f} ms a step   model {row['model'] / 1e6:6.1f} MB   above it at the peak {row['peak'] / 1e6:6.1f} MB"
-              f"   of which optimizer states {row['optimizer'] / 1e6:6.1f} MB   trained numbers {row['trained']:,}")  # fmt: skip
+        megabytes = "   ".join(f"{name} {row[name] / 1e6:.1f} MB" for name in ("model", "peak", "optimizer"))
+        print(f"{kind:8} {row['ms']:7.1f} ms a step   {megabytes}   trained numbers {row['trained']:,}")
     print(f"ratio: time {ratio:.2f}, memory {table['stage 3']['peak'] / table['fp32']['peak']:.2f}")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"torch": torch.__version__, "ratio": ratio, "rows": table}, indent=1))

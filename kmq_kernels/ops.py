@@ -652,7 +652,9 @@ _extension = _load_extension()
 _TRITON: dict[str, str] = {
     "codebook_linear": "codebook_linear",
     "codebook_linear_input_grad": "codebook_linear",
+    "codebook_linear_grad": "codebook_linear_grad",
     "codebook_embedding": "codebook_embedding",
+    "codebook_embedding_grad": "codebook_embedding_grad",
     "dequantize": "dequantize",
     "pack": "pack",
     "unpack": "pack",

@@ -18,7 +18,7 @@ import bench_training_step
 
 
 def dequantizing_(model: nn.Module) -> None:
-    """Has every codebook layer decode its weight and compute with the dense one, so that a weight gradient is made and reduced."""
+    """Has every codebook layer decode its weight and compute with the dense one: a weight gradient is made, and reduced."""
     for module in model.modules():
         if isinstance(module, kmq.CodebookLinear):
             module.forward = types.MethodType(lambda self, x: F.linear(x, self.weight, self.bias), module)

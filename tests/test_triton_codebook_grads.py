@@ -65,9 +65,9 @@ def test_embedding_grad_against_brute_force(bits, dtype, device):
         for padding_idx in (-1, int(ids[0])) if bits in (3, 4) else (int(ids[0]),):
             grad_output[ids == padding_idx] = torch.nan
             for group_rows in {min(8, rows), rows}:
-                out = codebook_embedding_grad.codebook_embedding_grad(
-                    grad_output.to(device), ids.to(device), packed.to(device), -(-rows // group_rows), 2**bits, group_rows, padding_idx
-                )
+                books = -(-rows // group_rows)
+                arguments = (packed.to(device), books, 2**bits, group_rows, padding_idx)
+                out = codebook_embedding_grad.codebook_embedding_grad(grad_output.to(device), ids.to(device), *arguments)
                 clean = torch.where(ids[:, None] == padding_idx, 0.0, grad_output)
                 embedding.assert_sums(out.cpu(), clean, ids, index, bits, group_rows, padding_idx)
 
@@ -77,7 +77,8 @@ def test_embedding_grad_takes_int32_and_no_ids(device):
     call = codebook_embedding_grad.codebook_embedding_grad
     out = call(grad_output.view(3, 4, 20).to(device), ids.int().view(3, 4).to(device), packed.to(device), 4, 8, 8, -1)
     embedding.assert_sums(out.cpu(), grad_output, ids, index, 3, 8, -1)
-    none = call(torch.empty(0, 20, device=device), torch.empty(0, dtype=torch.int64, device=device), packed.to(device), 4, 8, 8, -1)
+    nothing = torch.empty(0, 20, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    none = call(*nothing, packed.to(device), 4, 8, 8, -1)
     assert not none.any()
 
 
@@ -103,7 +104,8 @@ def kernels() -> list[offline.Kernel]:
         signature |= dict.fromkeys(("count", "rows", "cols", "padding_idx"), "i32")
         constants = {"BITS": 4, "SHARED": shared, "POSITIONS": codebook_embedding_grad.POSITIONS}
         constants["BLOCKS"] = codebook_embedding_grad.BLOCKS
-        found.append(offline.Kernel(module + "embedding_grad_kernel", signature, constants, ("grad", "packed", "partial", "cols")))
+        aligned = ("grad", "packed", "partial", "cols")
+        found.append(offline.Kernel(module + "embedding_grad_kernel", signature, constants, aligned))
     signature = {"partial": "*fp32", "order": "*i64", "starts": "*i64", "out": "*fp32", "count": "i32", "pieces": "i32"}
     found.append(offline.Kernel(module + "sum_segments_kernel", signature, {"BITS": 4}))
     return found

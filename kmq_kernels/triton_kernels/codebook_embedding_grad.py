@@ -1,7 +1,7 @@
 """codebook_embedding_grad: sums grad_output by the indices of the rows that the batch asked for, and touches no others.
 
-One codebook: a program sums a few positions into (K,), and a sum of fixed order adds the programs up. Several codebooks: a program
-sums each of its positions into (K,); the positions are sorted by codebook, and one program a codebook adds them in their order.
+One codebook: a program sums a few positions into (K,), and a sum of fixed order adds the programs up. Several codebooks: a
+program sums each of its positions into (K,); the positions are sorted by codebook, and one program a codebook adds them in order.
 """
 
 import torch
@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .codebook_linear_grad import index_at
+from .dequantize import on_device
 
 POSITIONS = 32  # of a program
 BLOCKS = 4  # of 128 columns, that a program takes one after the other
@@ -36,7 +37,7 @@ def embedding_grad_kernel(
     first = piece * (BLOCKS * 128)
     last = tl.minimum(first + BLOCKS * 128, cols)
     k = tl.arange(0, K)
-    if SHARED:
+    if SHARED:  # noqa: SIM108, the two have different types
         total = tl.zeros((K,), tl.float32)
     else:
         total = tl.zeros((POSITIONS, K), tl.float32)
@@ -86,7 +87,7 @@ def codebook_embedding_grad(
         return torch.zeros(num_codebooks, num_centroids, device=grad.device)
     programs, pieces = triton.cdiv(count, POSITIONS), triton.cdiv(cols, BLOCKS * 128)
     partial = torch.empty(pieces, programs if shared else count, num_centroids, device=grad.device, dtype=torch.float32)
-    with torch.cuda.device(grad.device if grad.is_cuda else -1):  # -1 changes nothing
+    with on_device(grad):
         embedding_grad_kernel[(programs, pieces)](
             grad, flat, packed.contiguous(), partial, count, packed.shape[0], cols, padding_idx,
             BITS=bits, SHARED=shared, POSITIONS=POSITIONS, BLOCKS=BLOCKS, debug=True, sanitize_overflow=False,

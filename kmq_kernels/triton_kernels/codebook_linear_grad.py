@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dequantize import on_device
+
 
 class Tile(NamedTuple):
     """Tile of the weight gradient (rows, columns), step along the batch, and how a kernel with it is compiled."""
@@ -63,7 +65,7 @@ def linear_grad_kernel(
     BITS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial (pieces, column tiles, row tiles, K) with SHARED, else (pieces, column tiles, OUT, K): sums of one tile, or of its rows."""
+    """partial (pieces, column tiles, row tiles, K) with SHARED, else (pieces, column tiles, OUT, K)"""
     tile_out = tl.program_id(0)
     tile_in = tl.program_id(1)
     piece = tl.program_id(2).to(tl.int64)
@@ -148,6 +150,5 @@ def codebook_linear_grad(
     tile = TILE_FP32 if dtype == torch.float32 else TILE if num_codebooks == 1 else TILE_GROUPED
     tiles = triton.cdiv(grad.shape[1], tile.rows) * triton.cdiv(x.shape[1], tile.cols)
     pieces = _pieces(grad.shape[0], tiles, x.device)
-    current = torch.cuda.device(x.device if x.is_cuda else -1)  # -1 changes nothing
-    with current, torch.autocast(x.device.type, enabled=False):
+    with on_device(x), torch.autocast(x.device.type, enabled=False):
         return fused_linear_grad(grad, x, packed.contiguous(), num_codebooks, num_centroids, group_rows, tile, pieces)
