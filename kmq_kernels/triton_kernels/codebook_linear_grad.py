@@ -27,7 +27,7 @@ class Tile(NamedTuple):
 
 
 TILE = Tile(128, 128, 64, 8, 3)
-TILE_GROUPED = Tile(64, 128, 64, 4, 3)  # sums of rows need more registers
+TILE_GROUPED = Tile(64, 64, 64, 4, 3)  # sums of rows need more registers
 TILE_FP32 = Tile(64, 64, 32, 4, 3)
 PIECE = 512  # rows of the batch that a piece has at least: an epilogue must be worth its tile
 
