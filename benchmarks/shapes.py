@@ -16,3 +16,7 @@ MINILM = [(30522, 384), (512, 384), (2, 384), *encoder(6, 384, 1536), (384, 384)
 # (OUT, IN) of the linear layers of BERT-base: attention, and the two of the feed-forward block.
 BERT_BASE_LINEARS = [(768, 768), (3072, 768), (768, 3072)]
 LINEAR_M = [1, 4, 16, 64, 512]
+
+# The same of BERT-base, BERT-large and a larger square, and M, for a GPU.
+GPU_LINEARS = [*BERT_BASE_LINEARS, (1024, 1024), (4096, 1024), (1024, 4096), (4096, 4096)]
+GPU_LINEAR_M = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]

@@ -7,6 +7,7 @@ from oracles import packed_bytes, weight64
 from test_dequantize import problem
 
 import kmq_kernels as kmq
+from kmq_kernels import ops
 from kmq_kernels.triton_kernels import dequantize as kernels
 from kmq_kernels.triton_kernels.codebook_embedding import codebook_embedding
 from kmq_kernels.triton_kernels.dequantize import dequantize
@@ -150,7 +151,7 @@ def test_ops_on_a_device(bits):
         assert torch.equal(kmq.pack(assignments.cuda(), bits).cpu(), packed)
         assert torch.equal(kmq.unpack(packed.cuda(), bits, 770).cpu(), assignments)
         weight = weight64(assignments, codebook, 8)
-        out = kmq.dequantize(packed.cuda(), codebook.cuda(), 770, group_rows=8)
+        out = ops.dequantize(packed.cuda(), codebook.cuda(), 770, group_rows=8)
         assert torch.equal(out.cpu().double(), weight)
         ids = torch.randint(0, 300, (4, 9))
         rows = kmq.codebook_embedding(ids.cuda(), packed.cuda(), codebook.cuda(), 770, group_rows=8)

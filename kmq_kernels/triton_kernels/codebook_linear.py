@@ -38,11 +38,15 @@ class Tile(NamedTuple):
     splits: int
 
 
-# Compute capability (the first at least as new applies, from the last) -> largest M of a tile. M above the last is for cuBLAS.
-# From counted instructions and bytes, see the README; `make gpu` times both sides of every limit.
+# Compute capability (the newest that is not newer than the device) -> largest M of a tile. M above the last is for cuBLAS. From
+# counted instructions and bytes, see the README; `make gpu` times both sides of every limit. (8, 6) and (12, 0) have 99 KB of
+# shared memory for a thread block.
+_LITTLE_SHARED = {16: Tile(64, 16, 4, 3, 2), 32: Tile(64, 32, 4, 3, 2), 128: Tile(64, 64, 4, 2, 1)}
 PLANS: dict[tuple[int, int], dict[int, Tile]] = {
     (8, 0): {16: Tile(64, 16, 4, 4, 2), 32: Tile(64, 32, 4, 4, 2), 64: Tile(64, 64, 4, 3, 1), 256: Tile(128, 128, 8, 3, 1)},
+    (8, 6): _LITTLE_SHARED,
     (9, 0): {16: Tile(64, 16, 4, 5, 2), 32: Tile(64, 32, 4, 4, 2), 64: Tile(64, 64, 4, 4, 1), 512: Tile(128, 128, 8, 3, 1)},
+    (12, 0): _LITTLE_SHARED,
 }
 # fp32 without TF32 runs on the ordinary ALUs, where a decoded weight must be reused little to be worth it.
 PLAN_FP32 = {16: Tile(64, 16, 4, 3, 2)}
@@ -167,9 +171,9 @@ def sum_pieces_kernel(partial, bias, out, numel, OUT, pieces, HAS_BIAS: tl.const
 
 def plan_for(M: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile | None:
     """The tile of the fused kernel for M rows of input on this compute capability; None where decoding first is better."""
-    tiles = PLAN_FP32
-    if dtype != torch.float32 or _tf32():
-        tiles = PLANS[max((known for known in PLANS if known <= capability), default=min(PLANS))]
+    tiles = PLANS[max((known for known in PLANS if known <= capability), default=min(PLANS))]
+    if dtype == torch.float32:  # twice the bytes: the widest tiles do not fit
+        tiles = {limit: tile for limit, tile in tiles.items() if limit <= 32} if _tf32() else PLAN_FP32
     return next((tile for limit, tile in tiles.items() if limit >= M), None)
 
 
@@ -287,7 +291,8 @@ def codebook_linear_input_grad(grad_output: Tensor, packed: Tensor, codebook: Te
     grad = grad_output.reshape(M, OUT).contiguous()
     packed, codebook = aligned(packed), codebook.contiguous()
     with _launching(grad):
-        tile = next((tile for limit, tile in PLAN_INPUT_GRAD.items() if grad.shape[0] <= limit), None)
+        plan = PLAN_INPUT_GRAD if grad.dtype != torch.float32 else {16: PLAN_INPUT_GRAD[16]}  # in fp32 the wide tile spills
+        tile = next((tile for limit, tile in plan.items() if limit >= M), None)
         if tile is not None:
             return fused_input_grad(grad, packed, codebook, cols, group_rows, tile).view(*batch, cols)
         return (grad @ decode_rows(None, packed, codebook, cols, group_rows, grad.dtype)).view(*batch, cols)
