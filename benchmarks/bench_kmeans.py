@@ -30,8 +30,11 @@ def load(path, quick):
     if path:
         from safetensors.torch import load_file
 
-        tensors = load_file(path).items()
-        return {name: t for name, t in tensors if t.dim() == 2 and t.is_floating_point()}
+        matrices = {name: t for name, t in load_file(path).items() if t.dim() == 2}
+        for name, t in matrices.items():
+            if not t.is_floating_point():
+                print(f"left out: {name}, {tuple(t.shape)} of {t.dtype}")
+        return {name: t for name, t in matrices.items() if t.is_floating_point()}
     generator = torch.Generator().manual_seed(0)
     chosen = shapes.MPNET_BASE[1:14] if quick else shapes.MPNET_BASE
     out = {}
@@ -40,6 +43,12 @@ def load(path, quick):
         chi2 = sum(torch.randn(shape, generator=generator) ** 2 for _ in range(5))
         out[f"synthetic.{i}"] = 0.03 * normal / (chi2 / 5).sqrt()
     return out
+
+
+def last_level_cache():
+    """Bytes of the largest cache, None where the system does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(path.read_text().strip()[:-1]) * 1024 for path in sizes), default=None)
 
 
 def once(call):
@@ -148,6 +157,7 @@ def model_table(weights, rounds, report):
     calls["k=16 weighted"] = lambda: kmq.cluster_matrices(weights, [4] * len(weights), group_rows=groups, sample_weight=fisher)
     times = taking_turns(calls, rounds)
     report["bandwidth"], report["model"] = rate, {}
+    print(f"from k=2 to k=256 the time grows {statistics.median(times['k=256']) / statistics.median(times['k=2']):.2f} times")
     for name, call in calls.items():
         seconds = statistics.median(times[name])
         output = sum(m.packed.numel() for m in call())
@@ -271,6 +281,9 @@ def main():
         "build": kmq.build_info()["extension"], "machine": platform.processor() or platform.machine(), "load": os.getloadavg(),
         "threads": torch.get_num_threads(), "weights": args.weights or "synthetic", "versions": {"torch": torch.__version__},
     }  # fmt: skip
+    report["last_level_cache"] = last_level_cache()
+    cache = "unknown" if report["last_level_cache"] is None else f"{report['last_level_cache'] / 1e6:.0f} MB"
+    print(f"path {report['build']['cpu_path']}, last-level cache {cache}")
     print(f"{report['machine']}, {report['threads']} threads, load {report['load'][0]:.1f}, weights: {report['weights']}")
     ours = model_table(weights, rounds, report)
     name, matrix = next((n, t) for n, t in zip(named, weights, strict=True) if 500_000 < t.numel() < 3_000_000)

@@ -358,8 +358,29 @@ def test_bits_do_not_depend_on_threads_or_instruction_set():
         out = subprocess.run([sys.executable, "-c", DIGEST, str(threads)], env=environment, capture_output=True, check=True)
         return out.stdout.decode().split()
 
-    _, one = run(1, "")
-    _, two = run(2, "")
-    scalar_path, scalar = run(2, "scalar")
-    assert scalar_path == "scalar"
-    assert one == two == scalar
+    widest, one = run(1, "")
+    paths = ["scalar", "avx2", "avx512"][: ["scalar", "avx2", "avx512"].index(widest) + 1]
+    for path in paths:
+        taken, digest = run(2, path)
+        assert taken == path
+        assert digest == one, path
+
+
+@pytest.mark.parametrize("num_centroids", [2, 3, 5, 16, 40])
+@pytest.mark.parametrize("kind", ["gaussian", "ties", "even", "outliers", "weights"])
+def test_rows_are_solved_exactly(num_centroids, kind):
+    """Also where the optimum is linear in the number of centroids, so that no price gives the number asked for."""
+    values, weight = gaussian(301, 21), None
+    if kind == "ties":
+        values = (values * 8).round() / 8
+    elif kind == "even":
+        values = torch.arange(300.0)
+    elif kind == "outliers":
+        values[:2] = torch.tensor([1e5, -3e4])
+    elif kind == "weights":
+        weight = heavy_weights(301)
+    best = oracles.kmeans_optimum(values, num_centroids, weight)
+    result = kmq.kmeans(values, num_centroids, sample_weight=weight)
+    check(values, result, weight, num_centroids)
+    assert float(result.inertia) == pytest.approx(best, rel=1e-5, abs=1e-12)
+    assert float(result.bound) == pytest.approx(1, rel=1e-5)

@@ -83,7 +83,7 @@ KMQ_AVX2_INLINE __m256d through4(__m256d wx_j, __m256d wx_i, __m256d w_j, __m256
 
 template <bool unit, int registers>
 KMQ_AVX2_INLINE void minima4(const Sums& sums, const double* gain, double* to, int64_t first, int64_t last, int64_t j, __m256d price) {
-  const double *wx = sums.wx.data(), *w = sums.w.data(), *reciprocal = sums.reciprocal + j;
+  const double *wx = sums.wx.data(), *w = sums.w.data(), *reciprocal = unit ? sums.reciprocal + j : nullptr;
   __m256d wx_j[registers], w_j[registers], least[registers];
   for (int r = 0; r < registers; ++r) {
     wx_j[r] = _mm256_loadu_pd(wx + j + 4 * r);
@@ -116,7 +116,7 @@ KMQ_AVX2_INLINE __m256d least4(__m256d x) {  // in every lane
 template <bool unit>
 KMQ_AVX2 int64_t leftmost_avx2(const Sums& sums, const double* gain, int64_t first, int64_t last, int64_t j, double& least) {
   if (last - first < kFewLanes) return leftmost_scalar<unit>(sums, gain, first, last, j, least);
-  const double *wx = sums.wx.data(), *w = sums.w.data(), *reciprocal = sums.reciprocal + j - 3;
+  const double *wx = sums.wx.data(), *w = sums.w.data(), *reciprocal = unit ? sums.reciprocal + j - 3 : nullptr;
   const __m256d wx_j = _mm256_broadcast_sd(wx + j), w_j = _mm256_broadcast_sd(w + j), end = _mm256_set1_pd(double(last));
   const __m256d infinity = _mm256_set1_pd(kInfinity);
   __m256d lanes[2] = {infinity, infinity}, at[2] = {infinity, infinity};
@@ -146,7 +146,7 @@ KMQ_AVX512_INLINE __m512d through8(__m512d wx_j, __m512d wx_i, __m512d w_j, __m5
 
 template <bool unit, int registers>
 KMQ_AVX512_INLINE void minima8(const Sums& sums, const double* gain, double* to, int64_t first, int64_t last, int64_t j, __m512d price) {
-  const double *wx = sums.wx.data(), *w = sums.w.data(), *reciprocal = sums.reciprocal + j;
+  const double *wx = sums.wx.data(), *w = sums.w.data(), *reciprocal = unit ? sums.reciprocal + j : nullptr;
   __m512d wx_j[registers], w_j[registers], least[registers];
   for (int r = 0; r < registers; ++r) {
     wx_j[r] = _mm512_loadu_pd(wx + j + 8 * r);
@@ -180,7 +180,7 @@ KMQ_AVX512_INLINE __m512d least8(__m512d x) {  // in every lane
 template <bool unit>
 KMQ_AVX512 int64_t leftmost_avx512(const Sums& sums, const double* gain, int64_t first, int64_t last, int64_t j, double& least) {
   if (last - first < kFewLanes) return leftmost_scalar<unit>(sums, gain, first, last, j, least);
-  const double *wx = sums.wx.data(), *w = sums.w.data(), *reciprocal = sums.reciprocal + j - 7;
+  const double *wx = sums.wx.data(), *w = sums.w.data(), *reciprocal = unit ? sums.reciprocal + j - 7 : nullptr;
   const __m512d wx_j = _mm512_set1_pd(wx[j]), w_j = _mm512_set1_pd(w[j]), infinity = _mm512_set1_pd(kInfinity);
   const __m512i reversed = _mm512_setr_epi64(7, 6, 5, 4, 3, 2, 1, 0);
   __m512d lanes = infinity, at = infinity, here = _mm512_add_pd(_mm512_set1_pd(double(first)), _mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7));

@@ -280,7 +280,7 @@ void solve(const Points& points, int num_centroids, const KmeansOptions& options
     return;
   }
   const int64_t count = std::min<int64_t>(std::max<int64_t>(32 * K, 1024), 4096);
-  const bool every_point = options.algorithm == KmeansAlgorithm::exact || n <= 2 * count;
+  const bool every_point = options.algorithm == KmeansAlgorithm::exact || n <= (points.spread.empty() ? kSmall : 2 * count);
   const bool exact = every_point && points.spread.empty();
   const double rounding = 1e-13 * (sums.wxx[n] - sums.wxx[0]);
   double growth = 0;
