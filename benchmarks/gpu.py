@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = ("gpu_kmeans", "gpu_codebook_linear", "gpu_codebook_grad")  # modules beside this one; rows() of each gives entries of the result file
+# Modules beside this one; rows() of each gives entries of the result file.
+BENCHMARKS = ("gpu_kmeans", "gpu_codebook_linear", "gpu_codebook_grad")
 
 
 def main() -> int:
