@@ -22,6 +22,7 @@ import shapes
 import torch
 
 import kmq_kernels as kmq
+from kmq_kernels.clustering import cluster_matrices
 
 os.environ.setdefault("NUMBA_NUM_THREADS", str(torch.get_num_threads()))
 
@@ -152,9 +153,9 @@ def model_table(weights, rounds, report):
     calls = {}
     groups = [t.shape[0] for t in weights]
     for bits in (1, 2, 4, 6, 8):
-        calls[f"k={2**bits}"] = lambda bits=bits: kmq.cluster_matrices(weights, [bits] * len(weights), group_rows=groups)
+        calls[f"k={2**bits}"] = lambda bits=bits: cluster_matrices(weights, [bits] * len(weights), group_rows=groups)
     fisher = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) ** 2 * 1e-6 for t in weights]
-    calls["k=16 weighted"] = lambda: kmq.cluster_matrices(weights, [4] * len(weights), group_rows=groups, sample_weight=fisher)
+    calls["k=16 weighted"] = lambda: cluster_matrices(weights, [4] * len(weights), group_rows=groups, sample_weight=fisher)
     times = taking_turns(calls, rounds)
     report["bandwidth"], report["model"] = rate, {}
     print(f"from k=2 to k=256 the time grows {statistics.median(times['k=256']) / statistics.median(times['k=2']):.2f} times")
@@ -248,7 +249,7 @@ def quality_table(weights, n, report):
     picked = [i for i, t in enumerate(weights) if 100_000 < t.numel() < 3_000_000][:: max(1, len(weights) // 6)][:5]
     data = {f"matrix {i} {tuple(weights[i].shape)}": weights[i].reshape(-1) for i in picked} | distributions(n)
     for name, values in data.items():
-        for k in (16, 64, 256):
+        for k in (4, 16, 64, 256):
             optimum = float(kmq.kmeans(values, k, algorithm="exact").inertia)
             result = kmq.kmeans(values, k)
 

@@ -35,10 +35,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from . import sensitivity
-from .config import KMQConfig
+from .config import KMQConfig, name_matches
 from .hf import MODEL_CARD, CheckpointError, checkpoint_files, load
 from .modules import CodebookModule
-from .quantize import check_budget, model_size, plan, quantize_
+from .quantize import HEADS, check_budget, model_size, plan, quantize_
 from .tasks import Task, tokenize
 
 log = logging.getLogger(__name__)
@@ -269,7 +269,10 @@ def evaluate(model: Any, tokenizer: Any, task: Task, settings: TrainingSettings,
 
 
 def load_for_task(path: str, task: Task, seed: int) -> tuple[Any, Any]:
-    """Model with a classification layer for the task (new where the folder has none that fits) and its tokenizer."""
+    """Model with a classification layer for the task (new where the folder has none that fits) and its tokenizer.
+
+    Raises CheckpointError where any other tensor does not have the shape that the configuration asks for.
+    """
     if Path(path).exists() or os.sep in path.strip("."):
         _require_weights(Path(path))
     transformers.set_seed(seed)
@@ -279,7 +282,12 @@ def load_for_task(path: str, task: Task, seed: int) -> tuple[Any, Any]:
         options["label2id"] = {name: i for i, name in enumerate(task.label_names)}
     if task.regression:
         options["problem_type"] = "regression"
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **options)
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        path, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    for key, *_ in loading["mismatched_keys"]:
+        if not any(name_matches(head, key.rpartition(".")[0]) for head in HEADS):
+            raise CheckpointError(f"{path}: {key} does not have the shape that its config.json asks for")
     return model, AutoTokenizer.from_pretrained(path)
 
 

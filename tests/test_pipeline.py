@@ -50,6 +50,23 @@ def _run(folder, out="out", **options):
     return pipeline.Run(str(folder / "model"), task, folder / out, **{**settings, **options})
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_head_of_other_labels_is_made_anew_and_nothing_else(folder, quantized):
+    task = load_task(None, train_file=folder / "train.csv", validation_file=folder / "dev.csv")
+    source = family_model("bert", num_labels=5)
+    if quantized:
+        kmq.quantize_(source, kmq.KMQConfig(bits=3))
+    source.save_pretrained(folder / "model")
+    model, _ = pipeline.load_for_task(str(folder / "model"), task, seed=0)
+    assert model.classifier.weight.shape == (2, 32)
+    before = dict(source.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if not name.startswith("classifier"))
+    config = json.loads((folder / "model/config.json").read_text())
+    (folder / "model/config.json").write_text(json.dumps({**config, "vocab_size": 130}))
+    with pytest.raises(pipeline.CheckpointError, match="word_embeddings"):
+        pipeline.load_for_task(str(folder / "model"), task, seed=0)
+
+
 def test_stages_resume_and_repeat(folder):
     results = _run(folder)()
     assert results == json.loads((folder / "out/results.json").read_text())
