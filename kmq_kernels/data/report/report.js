@@ -115,7 +115,7 @@ function drawHistogram(task, number, state) {
   const box = document.getElementById(`histogram${number}`);
   const facts = document.getElementById(`facts${number}`);
   if (!weights || !entry) { box.replaceChildren(); facts.textContent = "This tensor is not in this configuration."; return; }
-  const [width, height, left, right, top, bottom] = [760, 320, 64, 16, 14, 62];
+  const [width, height, left, right, top, bottom] = [760, 320, 84, 16, 14, 62];
   const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Histogram of ${name}` });
   const counts = weights.counts;
   const most = Math.max(...counts);
