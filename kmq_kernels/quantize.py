@@ -347,7 +347,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
     if new and getattr(config, "quantization_config", None) is not None:
         del cast(Any, config).quantization_config
         model.hf_quantizer = None  # type: ignore[assignment]  # a class attribute of PreTrainedModel
-        model.is_quantized = False  # type: ignore[assignment]
+        model.is_quantized = False  # type: ignore[assignment]  # likewise
     return model
 
 
@@ -358,8 +358,8 @@ def _plain(module: CodebookModule, weight: nn.Parameter) -> nn.Module:
     else:
         linear = cast(CodebookLinear, module)
         plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        plain.bias = linear.bias  # type: ignore[assignment]
-    plain.weight = weight  # type: ignore[assignment]
+        plain.bias = linear.bias  # type: ignore[assignment]  # None is allowed, torch's annotation says otherwise
+    plain.weight = weight  # type: ignore[assignment]  # nn.Module's attributes are Tensor or Module to mypy
     return plain
 
 
