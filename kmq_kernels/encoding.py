@@ -68,9 +68,9 @@ def encode_weights(
     ]
     clustered = _cluster(weights, bits, config, usable, called, on_done)
     encoded = []
-    for weight, weigh, result in zip(weights, given, clustered, strict=True):
+    for weight, weigh, used, result in zip(weights, given, usable, clustered, strict=True):
         error = float(result.inertia.sum())
-        if weigh is not None:
+        if weigh is not None and (config.scheme == "linear" or used is not weigh):  # clustered with other weights
             error = _error(weight, _decode(result, config, weight.shape), weigh)
         encoded.append(EncodedWeight(result.codebook, result.packed, None, None, None, error))
     return encoded
