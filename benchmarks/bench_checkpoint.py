@@ -67,18 +67,13 @@ def forget(folder):
 
 
 def disk_rate(folder):
-    """Bytes a second of reading all files once, one after the other, the kernel always asked for the next 256 MB."""
+    """Bytes a second of reading all files once, one after the other, with the kernel's own read-ahead."""
     forget(folder)
     buffer, total, begin = bytearray(8 << 20), 0, time.perf_counter()
-    ahead = 256 << 20
     for path in sorted(folder.glob("*.safetensors")):
         with open(path, "rb", buffering=0) as file:
-            at = 0
-            os.posix_fadvise(file.fileno(), 0, ahead, os.POSIX_FADV_WILLNEED)
             while count := file.readinto(buffer):
-                os.posix_fadvise(file.fileno(), at + ahead, count, os.POSIX_FADV_WILLNEED)
-                at += count
-            total += at
+                total += count
     rate = total / (time.perf_counter() - begin)
     forget(folder)
     return rate

@@ -1,7 +1,7 @@
 """Checkpoints of any size, quantized as a stream: safetensors in, safetensors out, one tensor in memory at a time.
 
 Each shard of the output (see checkpoint_plan.py) is made from the tensors it needs: mapped, clustered, written. While one
-tensor is clustered, the kernel reads the next and a thread writes the one before. An unfinished output folder holds, beside the
+tensor is clustered, a thread reads the next into the page cache and another writes the one before. An unfinished output folder holds, beside the
 shards that are complete,
 
     OUT/.kmq/request.json        what was asked for; another request on the same folder is refused
@@ -61,7 +61,9 @@ OUTPUT_FAILED = 3  # exit code: the output could not be written; the same comman
 DAMAGED = 5  # exit code: files do not match their checksums
 
 _BATCH_BYTES = 64 << 20  # small tensors are clustered together, so that every thread has work
-_AHEAD_BYTES = 256 << 20  # what the kernel is asked to read before it is needed
+_PENDING_BYTES = 32 << 20  # what may wait to be written while the largest batch is clustered; beside smaller ones, more
+_AHEAD_BYTES = 256 << 20  # what is read before it is needed
+_READ_BYTES = 2 << 20  # a request of the reading thread; the kernel's read-ahead keeps more of them in flight
 _CHUNK = 8 << 20
 _MADV_POPULATE_READ = 22
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -85,12 +87,16 @@ class DamagedError(CheckpointError):
 
 
 def _read_ahead(tensors: list[StoredTensor]) -> None:
-    """Asks the kernel to read tensors into the page cache, and does not wait for it."""
+    """Reads tensors into the page cache, where `_read` finds them; what cannot be read is for `_read` to report.
+
+    Read, not only asked for: POSIX_FADV_WILLNEED fills the cache with single pages, which takes more time than the disk does.
+    """
+    buffer = memoryview(bytearray(_READ_BYTES))
     for tensor in tensors:
-        with contextlib.suppress(OSError, CheckpointError, AttributeError), open_regular(tensor.file) as file:
-            for at in range(0, tensor.nbytes, _CHUNK):
-                count = min(_CHUNK, tensor.nbytes - at)
-                os.posix_fadvise(file.fileno(), tensor.begin + at, count, os.POSIX_FADV_WILLNEED)
+        with contextlib.suppress(OSError, CheckpointError), open_regular(tensor.file) as file:
+            at, end = tensor.begin, tensor.begin + tensor.nbytes
+            while at < end and (count := os.preadv(file.fileno(), [buffer[: end - at]], at)):
+                at += count
 
 
 def _read(tensor: StoredTensor) -> Tensor:
@@ -303,7 +309,7 @@ def _batches(units: Iterable[Unit]) -> Iterator[list[Unit]]:
 
 
 class _Stream:
-    """Makes shards: the main thread maps and clusters, the kernel reads ahead, one thread writes."""
+    """Makes shards: one thread reads ahead, the main thread maps and clusters, one thread writes."""
 
     def __init__(self, out: Path, config: KMQConfig, device: str, on_batch: Callable[[Shard, list[Unit]], None]) -> None:
         self.out, self.config, self.device, self._on_batch = out, config, device, on_batch
@@ -314,18 +320,20 @@ class _Stream:
         """Makes the shards one after the other."""
         work = [(shard, batch) for shard in shards for batch in _batches(shard.units)]
         sizes = [sum(unit.source.nbytes for unit in batch) for _, batch in work]
-        asked = coming = 0  # batches the kernel was asked to read, and bytes of those that are not clustered yet
+        results = [sum(unit.nbytes for unit in batch) for _, batch in work]
+        most = max((size + result for size, result in zip(sizes, results, strict=True)), default=0) + _PENDING_BYTES
+        coming = 0  # bytes that are read or being read, and not clustered yet
+        ready: list[Future[None]] = []
         file: Future[_ShardFile] | None = None
-        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as ahead:
+        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as reader:
             try:
                 for i, (shard, batch) in enumerate(work):
-                    while asked < len(work) and (asked <= i + 1 or coming < _AHEAD_BYTES):
-                        ahead.submit(_read_ahead, [unit.source for unit in work[asked][1]])
-                        coming += sizes[asked]
-                        asked += 1
+                    while len(ready) < len(work) and (len(ready) <= i + 1 or coming < _AHEAD_BYTES):
+                        coming += sizes[len(ready)]
+                        ready.append(reader.submit(_read_ahead, [unit.source for unit in work[len(ready)][1]]))
                     file = file or self._later(writer, 0, _ShardFile, self.out, shard)
-                    self._wait(_BATCH_BYTES)
-                    self._later(writer, sum(unit.nbytes for unit in batch), _put, file, self._cluster(batch))
+                    self._wait(most - sizes[i] - results[i])
+                    self._later(writer, results[i], _put, file, self._cluster(batch, ready[i]))
                     coming -= sizes[i]
                     if i + 1 == len(work) or work[i + 1][0] is not shard:
                         self._later(writer, 0, _finish, file)
@@ -333,6 +341,7 @@ class _Stream:
                     self._on_batch(shard, batch)
                 self._wait(-1)
             except BaseException:
+                reader.shutdown(cancel_futures=True)
                 if file is not None:
                     writer.submit(_discard, file)
                 raise
@@ -356,8 +365,9 @@ class _Stream:
         while self._pending and (self._pending[0][0].done() or sum(size for _, size in self._pending) > most):
             self._pending.pop(0)[0].result()
 
-    def _cluster(self, batch: list[Unit]) -> list[tuple[str, Tensor]]:
+    def _cluster(self, batch: list[Unit], ready: Future[None]) -> list[tuple[str, Tensor]]:
         start = time.perf_counter()
+        ready.result()
         tensors = [_read(unit.source) for unit in batch]
         read = time.perf_counter()
         results: list[tuple[str, Tensor]] = []
