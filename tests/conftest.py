@@ -100,3 +100,23 @@ def family_model(family, head="SequenceClassification", **options):
 @pytest.fixture
 def ids():
     return torch.randint(5, 120, (4, 12), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A small BERT classifier folder, with a file beside the weights."""
+    family_model("bert").save_pretrained(tmp_path / "source")
+    (tmp_path / "source/vocab.txt").write_text("[PAD]\n")
+    return tmp_path / "source"
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory):
+    """An encoder of 20 MB in 5 files, and the options that quantize it into about a dozen."""
+    folder = tmp_path_factory.mktemp("sharded")
+    torch.manual_seed(4)
+    sizes = {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings": 64}
+    config = transformers.BertConfig(num_hidden_layers=6, num_attention_heads=4, **sizes)
+    transformers.BertModel(config).save_pretrained(folder, max_shard_size="5MB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder, {"bits": 4, "shard_bytes": 250_000}
