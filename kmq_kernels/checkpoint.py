@@ -1,8 +1,8 @@
 """Checkpoints of any size, quantized as a stream: safetensors in, safetensors out, one tensor in memory at a time.
 
 Each shard of the output (see checkpoint_plan.py) is made from the tensors it needs: mapped, clustered, written. While one
-tensor is clustered, a thread reads the next into the page cache and another writes the one before. An unfinished output folder holds, beside the
-shards that are complete,
+tensor is clustered, a thread reads the next into the page cache and another writes the one before. An unfinished output folder
+holds, beside the shards that are complete,
 
     OUT/.kmq/request.json        what was asked for; another request on the same folder is refused
     OUT/.kmq/*.partial           files being written; they are synced, then get their name
