@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from .clustering import KMeansResult, kmeans, linear_codebook
 from .config import KMQConfig
+from .decode_ahead import DecodeAhead
 from .hf import load
 from .modules import CodebookEmbedding, CodebookLinear
 from .ops import build_info, codebook_embedding, codebook_grad, codebook_linear, pack, unpack
@@ -12,6 +13,7 @@ from .quantize import dequantize_, quantize_
 __all__ = [
     "CodebookEmbedding",
     "CodebookLinear",
+    "DecodeAhead",
     "KMQConfig",
     "KMeansResult",
     "__version__",

@@ -138,6 +138,14 @@ class CodebookLinear(CodebookModule):
         super().__init__(out_features, in_features, bits, group_rows, grad_reduction, device, dtype, row_scale, outliers)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.ahead: Any = None  # the DecodeAhead whose block is open
+
+    def _product(self, input: Tensor, codebook: Tensor, bias: Tensor | None) -> Tensor:
+        if self.ahead is not None and not torch.compiler.is_compiling():
+            out = self.ahead.linear(self, input, bias)
+            if out is not None:
+                return out
+        return ops.codebook_linear(input, self.packed, codebook, bias, group_rows=self.group_rows)
 
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type
@@ -145,8 +153,8 @@ class CodebookLinear(CodebookModule):
             input = input.to(torch.get_autocast_dtype(device))
         codebook = self.trained_codebook()
         if self.row_scale is None and self.outlier_values is None:
-            return ops.codebook_linear(input, self.packed, codebook, self.bias, group_rows=self.group_rows)
-        out = ops.codebook_linear(input, self.packed, codebook, None, group_rows=self.group_rows)
+            return self._product(input, codebook, self.bias)
+        out = self._product(input, codebook, None)
         if self.row_scale is not None:
             out = out * self.row_scale.to(out.dtype)
         if (added := self._added(codebook)) is not None:

@@ -17,6 +17,7 @@ ALLOWED = {
     "config": {"clustering"},
     "clustering": {"packing", "reference", "ops"},
     "modules": {"packing", "reference", "ops"},
+    "decode_ahead": {"modules", "triton_kernels"},
     "encoding": {"clustering", "config", "ops", "packing"},
     "allocation": {"config", "encoding"},
     "quantize": {"allocation", "encoding", "modules", "config"},

@@ -22,22 +22,35 @@ BLOCKS = TILE // BLOCK
 
 
 @triton.jit
+def _below(node, pivot, x):
+    """The child of a node of the heap: 2 * node, plus the sign bit of pivot - x, which is 1 where x > pivot.
+
+    The difference has the right sign for every x but NaN; a pivot that is NaN sends all to the left. Shift and sign are one
+    funnel shift of (node, difference).
+    """
+    return (node << 1) | ((pivot - x).to(tl.uint32, bitcast=True) >> 31)
+
+
+@triton.jit
 def nearest(x, pivots_ptr, LEVELS: tl.constexpr):
     """The index of the nearest centroid of each x (fp32): bit by bit from the top, x > pivot of the node."""
     p1 = tl.load(pivots_ptr + 1)
-    right = x > p1
-    k = right.to(tl.int32)
-    if LEVELS >= 2:
+    if LEVELS == 1:
+        return (x > p1).to(tl.int32)
+    else:
+        right = x > p1
+        node = tl.where(right, 3, 2).to(tl.uint32)
         pivot = tl.where(right, tl.load(pivots_ptr + 3), tl.load(pivots_ptr + 2))
-        lower = x > pivot
-        k = 2 * k + lower.to(tl.int32)
         if LEVELS >= 3:
-            left = tl.where(lower, tl.load(pivots_ptr + 5), tl.load(pivots_ptr + 4))
-            pivot = tl.where(right, tl.where(lower, tl.load(pivots_ptr + 7), tl.load(pivots_ptr + 6)), left)
-            k = 2 * k + (x > pivot).to(tl.int32)
-            for level in tl.static_range(3, LEVELS):
-                k = 2 * k + (x > tl.load(pivots_ptr + (1 << level) + k)).to(tl.int32)
-    return k
+            lower = x > pivot
+        node = _below(node, pivot, x)
+        if LEVELS >= 3:
+            left = tl.where(right, tl.load(pivots_ptr + 6), tl.load(pivots_ptr + 4))
+            pivot = tl.where(lower, tl.where(right, tl.load(pivots_ptr + 7), tl.load(pivots_ptr + 5)), left)
+            node = _below(node, pivot, x)
+            for _ in tl.static_range(3, LEVELS):
+                node = _below(node, tl.load(pivots_ptr + node), x)
+        return node.to(tl.int32) - (1 << LEVELS)
 
 
 @triton.jit
@@ -210,7 +223,7 @@ def levels_of(num_centroids: int) -> int:
 
 @cache
 def _heap_order(num_centroids: int, device: torch.device) -> Tensor:
-    """For each node of the heap, the midpoint in it; K - 1 (infinity) where there is none."""
+    """For each node of the heap, the midpoint in it; K - 1 (NaN) where there is none."""
     levels = levels_of(num_centroids)
     order = [num_centroids - 1]
     for level in range(levels):
@@ -221,7 +234,7 @@ def _heap_order(num_centroids: int, device: torch.device) -> Tensor:
 def pivots_of(centroids: Tensor) -> Tensor:
     """centroids (P, K) ascending -> pivots (P, 2**levels) fp32 in heap order."""
     middle = (centroids[:, 1:] + centroids[:, :-1]) / 2
-    end = middle.new_full((len(centroids), 1), torch.inf)
+    end = middle.new_full((len(centroids), 1), torch.nan)  # all go to the left of it
     return torch.cat([middle, end], 1)[:, _heap_order(centroids.shape[1], centroids.device)].float().contiguous()
 
 

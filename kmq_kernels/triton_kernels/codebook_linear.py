@@ -177,7 +177,8 @@ def plan_for(M: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile | 
     return next((tile for limit, tile in tiles.items() if limit >= M), None)
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; of a CPU, where the interpreter runs the kernels, the oldest that has a plan."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else min(PLANS)
 
 
@@ -250,7 +251,7 @@ def codebook_linear(input: Tensor, packed: Tensor, codebook: Tensor, bias: Tenso
     packed, codebook = aligned(packed), codebook.contiguous()
     bias = None if bias is None else bias.contiguous()
     with _launching(x):
-        tile = plan_for(M, x.dtype, _capability(x.device))
+        tile = plan_for(M, x.dtype, capability(x.device))
         if tile is not None:
             return fused_linear(x, packed, codebook, bias, group_rows, tile).view(*batch, OUT)
         weight = decode_rows(None, packed, codebook, IN, group_rows, x.dtype)

@@ -68,10 +68,19 @@ def programs(rows: int, cols: int) -> int:
     return triton.cdiv(rows * triton.cdiv(cols, BLOCK), UNITS)
 
 
-def decode_rows(ids: Tensor | None, packed: Tensor, codebook: Tensor, cols: int, group_rows: int, dtype: torch.dtype) -> Tensor:
-    """Rows `ids` (flat; None for all) of the weight, (rows, cols) in `dtype`."""
+def decode_rows(
+    ids: Tensor | None,
+    packed: Tensor,
+    codebook: Tensor,
+    cols: int,
+    group_rows: int,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rows `ids` (flat; None for all) of the weight, (rows, cols) in `dtype`, written to `out` where it is given."""
     count = packed.shape[0] if ids is None else ids.numel()
-    out = torch.empty(count, cols, device=packed.device, dtype=dtype)
+    if out is None:
+        out = torch.empty(count, cols, device=packed.device, dtype=dtype)
     if out.numel() == 0:
         return out
     with on_device(packed):

@@ -369,7 +369,7 @@ def write_centroids(
         real = m < K - 1
         above = tl.load(centroids_ptr + m + 1, mask=real, other=0.0)
         pivot = (above + tl.load(centroids_ptr + m, mask=real, other=0.0)) / 2
-        tl.store(pivots_ptr + (1 << level) + node, tl.where(real, pivot, float("inf")))
+        tl.store(pivots_ptr + (1 << level) + node, tl.where(real, pivot, float("nan")))
     if many:
         c = tl.load(centroids_ptr + k, mask=k < K, other=0.0)
         after = tl.load(centroids_ptr + k + 1, mask=k < K - 1, other=0.0)
