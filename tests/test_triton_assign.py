@@ -39,6 +39,18 @@ def test_ties_go_to_the_lower_index(device):
     assert triton_assign.assign(values.to(device), centroids.to(device)).tolist() == [[0, 1, 1, 3, 2]]
 
 
+@pytest.mark.parametrize("num_centroids", [2, 4, 9, 200])
+def test_neighbours_of_the_midpoints_and_extremes(num_centroids, device):
+    """The smallest steps to either side of a midpoint, denormal values among them, the largest floats, infinities."""
+    centroids = (torch.randn(3, num_centroids) * torch.tensor([[1.0], [1e-38], [1e37]])).sort(1).values
+    middle = (centroids[:, 1:] + centroids[:, :-1]) / 2
+    up, down = torch.full_like(middle, torch.inf), torch.full_like(middle, -torch.inf)
+    ends = torch.tensor([3.4028234e38, -3.4028234e38, torch.inf, -torch.inf, 0.0, -0.0, 1e-45]).expand(3, -1)
+    values = torch.cat([middle, middle.nextafter(up), middle.nextafter(down), ends], 1)
+    got = triton_assign.assign(values.to(device), centroids.to(device))
+    assert torch.equal(got.cpu(), expected_labels(values, centroids))
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_ragged_and_packed(bits, device):
     """One launch for tensors of any size, whole blocks and tails; the packed bytes are those of the drawing."""

@@ -80,6 +80,47 @@ def test_centroids_that_are_no_power_of_two(num_centroids, device):
     check(values[0], None, labels[0], centroids[0], inertia[0], 1.002)
 
 
+def clumped(name, n):
+    """Values whose best partition lies far from where the density would put it."""
+    generator = torch.Generator().manual_seed(0)
+    normal, uniform = torch.randn(n, generator=generator), torch.rand(n, generator=generator)
+    sign, tight = torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0), 1e-4 * torch.randn(n, generator=generator)
+    centers = torch.randn(60, generator=generator).sort().values
+    often = 1 / (torch.randperm(60, generator=generator) + 1.0)
+    far = torch.tensor([50.0, 51.0, -80.0])[torch.randint(3, (n,), generator=generator)] + 0.01 * normal
+    return {
+        "geometric": sign * 2.0 ** -torch.randint(24, (n,), generator=generator) * (1 + 0.01 * normal),
+        "lognormal": sign * torch.exp(2 * normal),
+        "cauchy": torch.tan(math.pi * (uniform - 0.5)),
+        "zipf": centers[torch.multinomial(often, n, True, generator=generator)] + tight,
+        "comb": torch.randint(40, (n,), generator=generator) + 0.02 * normal,
+        "two_scales": torch.cat([centers[:10] * 1e-3, centers[::6]])[torch.randint(20, (n,), generator=generator)] + tight / 10,
+        "few_far": torch.where(uniform < 0.002, far, normal),
+        "uneven": torch.where(uniform < 0.5, -100 + 0.01 * normal, 100 + normal),
+    }[name]
+
+
+CLUMPED = [("geometric", 4), ("lognormal", 4), ("zipf", 16), ("comb", 16)]
+MORE_CLUMPED = [("cauchy", 16), ("two_scales", 16), ("few_far", 16), ("uneven", 16), ("lognormal", 32), ("zipf", 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_centroids", "n"),
+    [
+        *((*case, 700) for case in CLUMPED),
+        *(pytest.param(*case, 3000, marks=pytest.mark.slow) for case in CLUMPED + MORE_CLUMPED),
+        *(pytest.param(*case, 9000, marks=pytest.mark.slow) for case in CLUMPED),
+    ],
+)
+def test_clumped_values(name, num_centroids, n, device):
+    """Up to 32 centroids the search on the cells is exact; of up to 4096 values each is a cell."""
+    values = clumped(name, n)[None]
+    ((labels, centroids, inertia, _, _),), faults = solve([values], [num_centroids], [1], device)
+    assert faults == [0]
+    optimum = float(kmq.kmeans(values[0], num_centroids, algorithm="exact").inertia)
+    check(values[0], None, labels[0], centroids[0], inertia[0], 1.000001 if n <= 4096 else 1.0001, optimum)
+
+
 def large(name, n):
     torch.manual_seed(5)
     normal = gaussian(n, seed=7)

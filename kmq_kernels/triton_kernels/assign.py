@@ -41,9 +41,8 @@ def nearest(x, pivots_ptr, LEVELS: tl.constexpr):
         right = x > p1
         node = tl.where(right, 3, 2).to(tl.uint32)
         pivot = tl.where(right, tl.load(pivots_ptr + 3), tl.load(pivots_ptr + 2))
-        if LEVELS >= 3:
-            lower = x > pivot
-        node = _below(node, pivot, x)
+        lower = x > pivot
+        node = (node << 1) | lower.to(tl.uint32)
         if LEVELS >= 3:
             left = tl.where(right, tl.load(pivots_ptr + 6), tl.load(pivots_ptr + 4))
             pivot = tl.where(lower, tl.where(right, tl.load(pivots_ptr + 7), tl.load(pivots_ptr + 5)), left)

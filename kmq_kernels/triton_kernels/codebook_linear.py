@@ -108,7 +108,7 @@ def linear_kernel(
                 start = block * 128 + half * HALF
                 weight = half_block(planes, table, half, BITS, DTYPE, LOOKUP)
                 weight = tl.where((start + k < IN)[None, :], weight, 0.0)
-                x = tl.load(input_ptr + start, mask=(start + k < IN)[:, None], other=0.0).to(DTYPE)
+                x = tl.load(input_ptr + start, mask=(start + k < stride)[:, None], other=0.0).to(DTYPE)
                 acc = tl.dot(weight, x, acc, input_precision=PRECISION)
     _store(acc, out, bias, n, m, OUT, M, piece, HAS_BIAS, PARTIAL)
 

@@ -23,11 +23,12 @@ from ..packing import BLOCK, row_bytes
 from . import worklist
 from .assign import TILE, assign_kernel, levels_of, nearest
 from .dequantize import on_device
-from .kmeans_rows import PART, PROGRAMS, SMALL, SPLITS, launch_rows
-from .kmeans_solve import of_sort_key, solve_points, sort_key, write_centroids
+from .kmeans_rows import PROGRAMS, SMALL, SPLITS, launch_rows, part_for
+from .kmeans_solve import MOST_EXACT, of_sort_key, solve_points, sort_key, write_centroids
 from .worklist import COUNT, FIRST, VALUES, WEIGHT, address, number, tile_list
 
 COUNT_TILE = 4096
+PART = 32  # as in kmeans_rows.py, where registers are scarcer
 SAMPLE: tl.constexpr = tl.constexpr(4096)
 FAR_LOW: tl.constexpr = tl.constexpr(20)  # low bits of a key beyond the fine octaves: 2**3 bins an octave
 FAR_FIRST: tl.constexpr = tl.constexpr(40)  # the five fine octaves, in these bins
@@ -278,10 +279,10 @@ def solve_kernel(
         y_ptr = points_ptr + problem * 4 * stride
         w_ptr, s_ptr, q_ptr = y_ptr + stride, y_ptr + 2 * stride, y_ptr + 3 * stride
         cells_ptr += problem * stride_cells
-        cell_ptr += problem * 3 * stride_cells
+        cell_ptr += problem * 5 * stride_cells
         grown_ptr += problem * (GROUPS + 16)
         bounds_ptr += problem * (2 * (KP + 2))
-        choice_ptr += problem * ((KP + 1) * WIDTH)
+        choice_ptr += problem * ((KP + 1) * (stride_cells if KP <= MOST_EXACT else WIDTH))
         best_ptr += problem * WIDTH
         c_ptr += problem * KP
         if tl.float32 == DTYPE:
@@ -475,6 +476,7 @@ class Plan:
         self.most_cells = 2 * self.cells + 32
         if small:
             self.bins = max(64, triton.next_power_of_2(int(count.max())))
+            self.most_cells = min(self.most_cells, self.bins + 32)
         self.width = 128 if num_centroids <= 32 else 64  # of the windows, in places
 
         each = self._bytes_each()
@@ -502,7 +504,7 @@ class Plan:
 
     def _bytes_each(self) -> int:
         ends = 16 if self.dtype == torch.float32 else 0
-        return self.bins * ((8 if self.weights is None else 16) + ends + 32) + (1 << 18)
+        return self.bins * ((8 if self.weights is None else 16) + ends + 32) + (1 << 19)
 
     def _scratch(self, P: int) -> dict[str, Tensor]:
         KP = 1 << self.levels
@@ -516,10 +518,10 @@ class Plan:
         shapes |= {
             "points": ((solved, 4, self.bins + 16), torch.float64),
             "cells": ((solved, self.most_cells), torch.int32),
-            "cell": ((solved, 3, self.most_cells), torch.float64),
+            "cell": ((solved, 5, self.most_cells), torch.float64),
             "grown": ((solved, self.group_count + 16), torch.float32),
             "bounds": ((solved, 2, KP + 2), torch.int32),
-            "choice": ((solved, KP + 1, self.width), torch.uint8),
+            "choice": ((solved, KP + 1, self.most_cells if MOST_EXACT.value >= KP else self.width), torch.int16),
             "best": ((solved, self.width), torch.float32),
             "c": ((solved, KP), torch.float64),
         }
@@ -581,7 +583,7 @@ class Plan:
             frame, status, bins, ends, *work, centroids, pivots, scratch["unit"], scratch["marks"][0], scratch["check"],
             iterations, self.bins,
             self.K, self.cells, self.most_cells, self.max_iter, DTYPE=dtype, BITS=bits, WEIGHTED=weighted,
-            LEVELS=self.levels, WIDTH=self.width, GROUPS=self.group_count, CHUNK=1024, SPLITS=SPLITS, PART=PART,
+            LEVELS=self.levels, WIDTH=self.width, GROUPS=self.group_count, CHUNK=1024, SPLITS=SPLITS, PART=part_for(PART, bins),
             num_warps=8, maxnreg=255,
         )  # fmt: skip
 

@@ -6,14 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import worklist
-from .kmeans_solve import of_sort_key, solve_points, sort_key, write_centroids
+from .kmeans_solve import MOST_EXACT, of_sort_key, solve_points, sort_key, write_centroids
 from .worklist import COUNT, VALUES, WEIGHT, address, number
 
 SMALL = 16384  # values that one program sorts
 ON_CHIP: tl.constexpr = tl.constexpr(4096)  # of them in registers at a time; what does not fit lies in the first-level cache
 PROGRAMS = 512  # at a time; each has its workspace
 SPLITS = 8  # places where splitting a cluster is tried
-PART = 32  # places of one window that are compared with all of the next at a time
+PART = 16  # places of one window that are compared with all of the next at a time; other blocks are in proportion
 
 # Bits of a status, as in kmeans.py.
 VALUES_NOT_FINITE: tl.constexpr = tl.constexpr(1)
@@ -71,10 +71,10 @@ def rows_kernel(
     y_ptr = points_ptr + program * 4 * (SIZE + 16)
     w_ptr, s_ptr, q_ptr = y_ptr + (SIZE + 16), y_ptr + 2 * (SIZE + 16), y_ptr + 3 * (SIZE + 16)
     cells_ptr += program * stride_cells
-    cell_ptr += program * 3 * stride_cells
+    cell_ptr += program * 5 * stride_cells
     grown_ptr += program * (GROUPS + 16)
     bounds_ptr += program * (2 * (KP + 2))
-    choice_ptr += program * ((KP + 1) * WIDTH)
+    choice_ptr += program * ((KP + 1) * (stride_cells if KP <= MOST_EXACT else WIDTH))
     best_ptr += program * WIDTH
     c_ptr += program * KP
     BLOCK: tl.constexpr = min(SIZE, ON_CHIP)
@@ -182,6 +182,11 @@ def rows_kernel(
         tl.debug_barrier()
 
 
+def part_for(part: int, tensor: Tensor) -> int:
+    """`part`, but larger in the interpreter, where an operation costs about the same for any block; no result depends on it."""
+    return part if tensor.is_cuda else 512
+
+
 def launch_rows(
     table: Tensor, status: Tensor, centroids: Tensor, pivots: Tensor, unit: Tensor, doubt: Tensor, check: Tensor,
     iterations: Tensor, scratch: dict[str, Tensor], *, dtype: torch.dtype, weighted: bool, num_centroids: int,
@@ -195,5 +200,5 @@ def launch_rows(
         table, status, *work, centroids, pivots, unit, doubt, check, iterations, len(table), num_centroids, count, most_cells,
         max_iter,
         DTYPE=worklist.DTYPES[dtype], WEIGHTED=weighted, SIZE=size, LEVELS=levels, WIDTH=width, GROUPS=max(2, size // 16),
-        CHUNK=min(size, 1024), SPLITS=SPLITS, PART=PART, num_warps=8, maxnreg=255,
+        CHUNK=min(size, 1024), SPLITS=SPLITS, PART=part_for(PART, table), num_warps=8, maxnreg=255,
     )  # fmt: skip

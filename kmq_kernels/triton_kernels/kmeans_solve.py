@@ -2,20 +2,24 @@
 
 Points are positions y (n,) that do not descend, with prefix sums (n + 1,) of their weight w, of w * (y - mean) and of
 w * (y - mean)**2, all fp64; some may have no weight. Cells of neighbouring points are as on the CPU: half follow the
-density**(1/3) rule, half the range. The best partition of the cells is sought as follows.
+density**(1/3) rule, half the range; few different points are a cell each.
+
+Up to MOST_EXACT centroids the best partition of the cells is found by dynamic programming. For more it is sought:
 
 1. Start where the integral of density**(1/3) is cut into K equal parts.
 2. Move boundaries to where they pay: drop one, split another cluster, as long as the error falls.
 3. A dynamic program over windows: each boundary may move to WIDTH places around where it is, all at once, and the best
-   combination is taken. The places lie apart by a stride, which goes down by fours; with few centroids the first windows cover
-   all cells, and the first step finds the global optimum on them. Repeat until nothing moves.
-4. Back to 2, until no boundary is worth moving. At last step 3 on the points themselves, from where the cells led to.
+   combination is taken. The places lie apart by a stride, which goes down by fours. Repeat until nothing moves.
+4. Back to 2, until no boundary is worth moving.
 
-The differences in step 3 are taken in fp32, relative to the mean and the edge of the cluster at hand; all else is fp64.
+From there step 3 on the points themselves, where they are not the cells. The differences in step 3 are taken in fp32, relative
+to the mean and the edge of the cluster at hand; all else is fp64.
 """
 
 import triton
 import triton.language as tl
+
+MOST_EXACT: tl.constexpr = tl.constexpr(32)  # centroids for which all partitions of the cells are searched
 
 
 @triton.jit
@@ -127,7 +131,8 @@ def _move_in_windows(
     """The best combination of one place out of each window; returns how many boundaries moved."""
     choice = tl.arange(0, WIDTH)
     offset = choice - WIDTH // 2
-    part = tl.arange(0, PART)
+    SPAN: tl.constexpr = min(PART, WIDTH)
+    part = tl.arange(0, SPAN)
     best = tl.zeros((WIDTH,), tl.float32)
     for k in range(1, K + 1):
         tl.store(best_ptr + choice, best)
@@ -141,7 +146,7 @@ def _move_in_windows(
         sb, wb = (sb - c * wb).to(tl.float32), wb.to(tl.float32)
         best = tl.full((WIDTH,), 2e38, tl.float32)
         chosen = tl.zeros((WIDTH,), tl.int32)
-        for start in range(0, WIDTH, PART):  # all pairs at once would not fit into the registers
+        for start in range(0, WIDTH, SPAN):  # all pairs at once would not fit into the registers
             a = _place(bounds_ptr, k - 1, K, m, stride, start + part - WIDTH // 2)
             wa, sa = tl.load(w_ptr + a) - w0, tl.load(s_ptr + a) - s0
             qa = ((tl.load(q_ptr + a) - q0) - c * (2 * sa - c * wa)).to(tl.float32)
@@ -152,7 +157,7 @@ def _move_in_windows(
             least, which = tl.min(tl.load(best_ptr + start + part)[:, None] + cost, 0, return_indices=True)
             chosen = tl.where(least < best, start + which, chosen)
             best = tl.minimum(best, least)
-        tl.store(choice_ptr + k * WIDTH + choice, chosen.to(tl.uint8))
+        tl.store(choice_ptr + k * WIDTH + choice, chosen.to(tl.int16))
         best = tl.minimum(best - tl.min(best, 0), 1e38)
         tl.debug_barrier()
     tl.debug_barrier()
@@ -204,6 +209,122 @@ def _move_where_it_pays(w_ptr, s_ptr, q_ptr, bounds_ptr, K, KP: tl.constexpr, SP
             tl.debug_barrier()
             moves += 1
     return moves
+
+
+@triton.jit
+def _extend(
+    w_ptr, s_ptr, q_ptr, before_ptr, after_ptr, begin_ptr, k, m, first, STEP: tl.constexpr, APART: tl.constexpr,
+    ROWS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """For ends first, first + STEP, ... (ROWS of them): the least error of the cells before an end in k clusters.
+
+    after (m + 1,) <- that error, begin (m + 1,) <- where the last of the clusters begins; before (m + 1,): the errors in k - 1
+    clusters. With APART, ends that are multiples of it have been done, and the others are searched between their neighbours.
+    """
+    part = tl.arange(0, PART)
+    end = first + tl.arange(0, ROWS) * STEP
+    wanted = (end >= k) & (end <= m)
+    low, high = tl.zeros((ROWS,), tl.int32) + (k - 1), end - 1
+    if APART > 0:
+        left = end // APART * APART
+        wanted = wanted & (left != end)
+        low = tl.load(begin_ptr + left, mask=wanted & (left >= k), other=k - 1).to(tl.int32)
+        right = wanted & (left + APART <= m)
+        high = tl.minimum(tl.load(begin_ptr + left + APART, mask=right, other=32767).to(tl.int32), high)
+    end = tl.where(wanted, end, m)
+    high = tl.where(wanted, tl.maximum(high, low), low)
+    w, s, q = tl.load(w_ptr + end), tl.load(s_ptr + end), tl.load(q_ptr + end)
+    best, chosen, start = tl.full((ROWS,), 1e300, tl.float64), low, low
+    while tl.max(tl.where(wanted, high - start, -1), 0) >= 0:
+        i = tl.minimum(start[:, None] + part[None, :], high[:, None])
+        weight = w[:, None] - tl.load(w_ptr + i)
+        total = s[:, None] - tl.load(s_ptr + i)
+        error = (q[:, None] - tl.load(q_ptr + i)) - total * total / tl.maximum(weight, 1e-300)
+        error = tl.load(before_ptr + i) + tl.maximum(error, 0.0)
+        least = tl.min(error, 1)
+        at = tl.min(tl.where(error == least[:, None], i, 32767), 1)
+        chosen = tl.where(least < best, at, chosen)
+        best = tl.minimum(best, least)
+        start += PART
+    tl.store(after_ptr + end, best, mask=wanted)
+    tl.store(begin_ptr + end, chosen.to(tl.int16), mask=wanted)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _best_partition(
+    w_ptr, s_ptr, q_ptr, error_ptr, begin_ptr, bounds_ptr, m, K, stride, CHUNK: tl.constexpr, PART: tl.constexpr
+):
+    """Writes where the clusters of the best partition of m cells begin, by dynamic programming over all of them.
+
+    Where the last cluster begins does not descend as its end goes up: ends 256 apart are searched in full, the others between
+    what their neighbours found. Workspace: error (2, stride) fp64; begin (K, stride) int16.
+    """
+    for start in range(0, m + 1, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        error = _cost(w_ptr, s_ptr, q_ptr, tl.zeros_like(i), tl.minimum(i, m))
+        tl.store(error_ptr + i, error, mask=i <= m)
+    tl.debug_barrier()
+    for k in range(2, K):
+        before_ptr, after_ptr = error_ptr + (k % 2) * stride, error_ptr + ((k + 1) % 2) * stride
+        row_ptr = begin_ptr + (k - 1) * stride
+        for first in range(0, m + 1, 16 * 256):
+            _extend(w_ptr, s_ptr, q_ptr, before_ptr, after_ptr, row_ptr, k, m, first, 256, 0, 16, 2 * PART)
+        for first in range(0, m + 1, 64 * 16):
+            _extend(w_ptr, s_ptr, q_ptr, before_ptr, after_ptr, row_ptr, k, m, first, 16, 256, 64, PART // 2)
+        for first in range(0, m + 1, 64):
+            _extend(w_ptr, s_ptr, q_ptr, before_ptr, after_ptr, row_ptr, k, m, first, 1, 16, 64, PART // 2)
+    tl.store(bounds_ptr, 0)
+    tl.store(bounds_ptr + K, m)
+    if K >= 2:  # of K clusters, only the end of all is of interest
+        before_ptr, after_ptr = error_ptr + (K % 2) * stride, error_ptr + ((K + 1) % 2) * stride
+        _extend(w_ptr, s_ptr, q_ptr, before_ptr, after_ptr, begin_ptr + (K - 1) * stride, K, m, m, 256, 0, 16, 2 * PART)
+    end = m
+    for back in range(K - 1):
+        k = K - back
+        end = tl.load(begin_ptr + (k - 1) * stride + end).to(tl.int32)
+        tl.store(bounds_ptr + k - 1, end)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _search_in_windows(
+    y_ptr, w_ptr, s_ptr, q_ptr, cells_ptr, grown_ptr, bounds_ptr, choice_ptr, best_ptr, n, m, total, K, KP: tl.constexpr,
+    WIDTH: tl.constexpr, SPLITS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Writes where the clusters of a good partition of m cells begin."""
+    k = tl.arange(0, KP)
+    target = k.to(tl.float32) * (total / K)
+    low = tl.zeros((KP,), tl.int32)
+    high = low + m
+    while tl.max(high - low, 0) > 0:
+        half = (low + high) // 2
+        open = low < high
+        below = _grown(grown_ptr, tl.minimum(tl.load(cells_ptr + tl.minimum(half, m - 1)), n - 1)) < target
+        low, high = tl.where(open & below, half + 1, low), tl.where(open & (below == 0), half, high)
+    start_at = tl.associative_scan(tl.where(k == 0, 0, low - k), 0, _larger) + k
+    start_at = tl.minimum(start_at, m - (K - k))
+    tl.store(bounds_ptr + k, start_at, mask=k < K)
+    tl.store(bounds_ptr + K, m)
+    tl.debug_barrier()
+    widest = 1
+    while (widest * WIDTH < m) & (widest * 4 * K < m):
+        widest *= 2
+    turn, going = 0, True
+    while going:
+        moves = _move_where_it_pays(w_ptr, s_ptr, q_ptr, bounds_ptr, K, KP, SPLITS)
+        going = (turn == 0) | (moves > 0)
+        stride, rounds = widest, 0
+        while going & (stride > 0):
+            moved = _move_in_windows(
+                w_ptr, s_ptr, q_ptr, bounds_ptr, bounds_ptr + KP + 2, choice_ptr, best_ptr, m, K, stride, KP, WIDTH, PART
+            )
+            rounds += 1
+            finer = (moved == 0) | (rounds >= 12)
+            stride = tl.where(finer, tl.where(stride > 1, tl.maximum(stride // 4, 1), 0), stride)
+            rounds = tl.where(finer, 0, rounds)
+        turn += 1
+        going = going & (turn < 4)
 
 
 @triton.jit
@@ -260,8 +381,8 @@ def solve_points(
     RUNS: points at the same place may follow each other, and count as one. The iterations are -1 where the cells are too few to
     tell K clusters apart.
 
-    Workspace: cells (stride_cells,) int32; cell (3, stride_cells) fp64; grown (GROUPS + 1,) fp32; bounds (2, KP + 2) int32;
-    choice (KP + 1, WIDTH) uint8; best (WIDTH,) fp32.
+    Workspace: cells (stride_cells,) int32; cell (5, stride_cells) fp64; grown (GROUPS + 1,) fp32; bounds (2, KP + 2) int32;
+    choice (KP + 1, WIDTH or, up to MOST_EXACT centroids, stride_cells) int16; best (WIDTH,) fp32.
     """
     k = tl.arange(0, KP)
     first, last, distinct = _count_distinct(y_ptr, w_ptr, n, CHUNK, RUNS)
@@ -282,37 +403,15 @@ def solve_points(
             tl.store(cw_ptr + i, tl.load(w_ptr + at, mask=inside, other=0.0), mask=inside)
             tl.store(cs_ptr + i, tl.load(s_ptr + at, mask=inside, other=0.0), mask=inside)
             tl.store(cq_ptr + i, tl.load(q_ptr + at, mask=inside, other=0.0), mask=inside)
-        target = k.to(tl.float32) * (total / K)
-        low = tl.zeros((KP,), tl.int32)
-        high = low + m
-        while tl.max(high - low, 0) > 0:
-            half = (low + high) // 2
-            open = low < high
-            below = _grown(grown_ptr, tl.minimum(tl.load(cells_ptr + tl.minimum(half, m - 1)), n - 1)) < target
-            low, high = tl.where(open & below, half + 1, low), tl.where(open & (below == 0), half, high)
-        start_at = tl.associative_scan(tl.where(k == 0, 0, low - k), 0, _larger) + k
-        start_at = tl.minimum(start_at, m - (K - k))
-        tl.store(bounds_ptr + k, start_at, mask=k < K)
-        tl.store(bounds_ptr + K, m)
         tl.debug_barrier()
-        widest = 1
-        while (widest * WIDTH < m) & (widest * 4 * K < m):
-            widest *= 2
-        turn, going = 0, True
-        while going:
-            moves = _move_where_it_pays(cw_ptr, cs_ptr, cq_ptr, bounds_ptr, K, KP, SPLITS)
-            going = (turn == 0) | (moves > 0)
-            stride, rounds = widest, 0
-            while going & (stride > 0):
-                moved = _move_in_windows(
-                    cw_ptr, cs_ptr, cq_ptr, bounds_ptr, bounds_ptr + KP + 2, choice_ptr, best_ptr, m, K, stride, KP, WIDTH, PART
-                )
-                rounds += 1
-                finer = (moved == 0) | (rounds >= 12)
-                stride = tl.where(finer, tl.where(stride > 1, tl.maximum(stride // 4, 1), 0), stride)
-                rounds = tl.where(finer, 0, rounds)
-            turn += 1
-            going = going & (turn < 4)
+        if KP <= MOST_EXACT:
+            error_ptr = cell_ptr + 3 * stride_cells
+            _best_partition(cw_ptr, cs_ptr, cq_ptr, error_ptr, choice_ptr, bounds_ptr, m, K, stride_cells, CHUNK, PART)
+        else:
+            _search_in_windows(
+                y_ptr, cw_ptr, cs_ptr, cq_ptr, cells_ptr, grown_ptr, bounds_ptr, choice_ptr, best_ptr, n, m, total, K,
+                KP, WIDTH, SPLITS, PART,
+            )  # fmt: skip
         edges = tl.load(cells_ptr + tl.load(bounds_ptr + k, mask=k < K, other=0), mask=k < K, other=0)
         edges = tl.where(k < K, tl.where(k == 0, 0, edges), n)
         # The same on the points themselves, for the last bit that cells are too coarse for.
@@ -321,6 +420,8 @@ def solve_points(
         tl.store(bounds_ptr + K, n)
         tl.debug_barrier()
         stride, rounds = 4, 0
+        if (KP <= MOST_EXACT) & every:  # cells are points
+            stride = 0
         while stride > 0:
             moved = _move_in_windows(
                 w_ptr, s_ptr, q_ptr, bounds_ptr, bounds_ptr + KP + 2, choice_ptr, best_ptr, n, K, stride, KP, WIDTH, PART
