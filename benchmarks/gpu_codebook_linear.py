@@ -9,6 +9,7 @@ reads its weight from memory; every contender has the same number of layers. Res
 is timed.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -208,6 +209,41 @@ def linear_rows(
     return rows
 
 
+def ahead_rows(
+    device: torch.device, shapes: list[tuple[int, int]], sizes: list[int], bits: int, repeats: int, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """Chains of layers at a large M: dense, each weight decoded before its product, and decoded one layer ahead."""
+    rows = []
+    for OUT, IN in shapes:
+        length = min(ring_length(OUT, IN, bits, L2_ON_A_CPU), 16)
+        dense = [torch.randn(OUT, IN, device=device).div_(10).to(dtype) for _ in range(length)]
+        layers = torch.nn.ModuleList(kmq.CodebookLinear(IN, OUT, bits, device=device, dtype=dtype) for _ in dense)
+        for layer in layers:
+            layer.packed.copy_(kmq.pack(torch.randint(0, 2**bits, (OUT, IN), dtype=torch.uint8, device=device), bits))
+            layer.codebook.copy_(torch.randn(1, 2**bits, device=device).sort().values / 10)
+        for M in sizes:
+            input = torch.randn(M, IN, device=device, dtype=dtype)
+            block = kmq.DecodeAhead(layers, dtype) if device.type == "cuda" else contextlib.nullcontext()
+
+            def run_ahead(input: Tensor = input, layers: Any = layers, block: Any = block) -> list[Tensor]:
+                with block:
+                    return [layer(input) for layer in layers]
+
+            name = f"kmq {bits} bits, decoded ahead"
+            if not all(torch.equal(a, layer(input)) for a, layer in zip(run_ahead(), layers, strict=True)):
+                raise SystemExit(f"{name}, {OUT}x{IN}, M={M}: not the bits of the op, not timed")
+            runs = {
+                "cuBLAS": replayable([partial(F.linear, input, w, b.bias) for w, b in zip(dense, layers, strict=True)], device),
+                f"kmq {bits} bits": replayable([partial(layer, input) for layer in layers], device),
+                name: replayable([run_ahead], device),
+            }
+            for contender, figures in compared(runs, "cuBLAS", length, repeats, device).items():
+                rows.append({"OUT": OUT, "IN": IN, "M": M, "chain": length, "name": contender, **figures})
+                ratio = figures["times_as_fast_as_cublas"]
+                print(f"chain of {length} {OUT}x{IN} M={M}: {contender:26} {figures['us']:9.1f} us  {ratio:5.2f}x", flush=True)
+    return rows
+
+
 def encoder_rows(device: torch.device, batches: list[int], length: int, repeats: int, **size: int) -> list[dict[str, Any]]:
     """Forward pass of a BERT encoder (BERT-base unless `size` says otherwise), fp16 and packed with 4 bits."""
     from transformers import BertConfig, BertModel
@@ -226,10 +262,13 @@ def encoder_rows(device: torch.device, batches: list[int], length: int, repeats:
             "cuBLAS": replayable([partial(plain.encoder, hidden)], device),
             "kmq 4 bits": replayable([partial(packed.encoder, hidden)], device),
         }
+        block = kmq.DecodeAhead(packed.encoder, dtype) if device.type == "cuda" else contextlib.nullcontext()
+        with block:
+            runs["kmq 4 bits, decoded ahead"] = replayable([partial(packed.encoder, hidden)], device)
         for name, figures in compared(runs, "cuBLAS", 1, repeats, device).items():
             rows.append({"encoder": "BERT", "batch": batch, "length": length, "name": name, **figures})
             ratio = figures["times_as_fast_as_cublas"]
-            print(f"encoder, batch {batch}: {name:12} {figures['us']:9.1f} us  {ratio:5.2f}x", flush=True)
+            print(f"encoder, batch {batch}: {name:26} {figures['us']:9.1f} us  {ratio:5.2f}x", flush=True)
     return rows
 
 
@@ -240,6 +279,8 @@ def rows() -> list[dict[str, Any]]:
     random.seed(0)
     torch.manual_seed(0)
     found = linear_rows(device, GPU_LINEARS, GPU_LINEAR_M, [2, 3, 4, 8], 41, torch.float16)
+    large = [shape for shape in GPU_LINEARS if min(shape) >= 1024]
+    found += ahead_rows(device, large, [1024, 4096], 4, 41, torch.float16)
     return found + encoder_rows(device, [1, 32], 128, 41)
 
 

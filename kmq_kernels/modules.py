@@ -120,6 +120,8 @@ class CodebookLinear(CodebookModule):
     values are kept exactly. Under autocast the input is cast as for torch.nn.Linear.
     """
 
+    ahead: Any = None  # the DecodeAhead whose block is open
+
     def __init__(
         self,
         in_features: int,
@@ -138,7 +140,6 @@ class CodebookLinear(CodebookModule):
         super().__init__(out_features, in_features, bits, group_rows, grad_reduction, device, dtype, row_scale, outliers)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.ahead: Any = None  # the DecodeAhead whose block is open
 
     def _product(self, input: Tensor, codebook: Tensor, bias: Tensor | None) -> Tensor:
         if self.ahead is not None and not torch.compiler.is_compiling():

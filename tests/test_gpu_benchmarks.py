@@ -52,5 +52,15 @@ def test_encoder_rows():
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
     with torch.inference_mode():
         rows = benchmark.encoder_rows(CPU, [2], 5, 2, **size)
-    assert [row["name"] for row in rows] == ["cuBLAS", "kmq 4 bits"]
+    assert [row["name"] for row in rows] == ["cuBLAS", "kmq 4 bits", "kmq 4 bits, decoded ahead"]
     assert rows[0]["times_as_fast_as_cublas"] == 1
+
+
+def test_ahead_rows(monkeypatch):
+    with torch.inference_mode():
+        rows = benchmark.ahead_rows(CPU, [(20, 130)], [3], 4, 1, torch.float32)
+    assert [row["name"] for row in rows] == ["cuBLAS", "kmq 4 bits", "kmq 4 bits, decoded ahead"]
+    assert all(row["us"] > 0 and row["chain"] == 2 for row in rows)
+    monkeypatch.setattr(benchmark.torch, "equal", lambda *_: False)
+    with torch.inference_mode(), pytest.raises(SystemExit, match="not the bits of the op"):
+        benchmark.ahead_rows(CPU, [(20, 130)], [3], 4, 1, torch.float32)

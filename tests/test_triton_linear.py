@@ -166,10 +166,10 @@ def test_many_rows_of_input_are_decoded_first(device, monkeypatch):
 
 def test_plans():
     """Limits and tiles ascend, and every tile is one that Triton takes."""
-    for plan in (*kernels.PLANS.values(), kernels.PLAN_FP32, kernels.PLAN_INPUT_GRAD):
+    for plan in (*kernels.PLANS.values(), kernels.PLAN_FP32, kernels.PLAN_INPUT_GRAD, kernels.PLAN_INPUT_GRAD_FP32):
         assert list(plan) == sorted(plan)
         for limit, tile in plan.items():
-            assert tile.weight_rows in (64, 128)
+            assert tile.weight_rows in (32, 64, 128)
             assert tile.input_rows in (16, 32, 64, 128)
             assert limit >= tile.input_rows
     half, single = torch.float16, torch.float32

@@ -9,7 +9,7 @@ import re
 import offline
 import pytest
 
-from kmq_kernels.triton_kernels.codebook_linear import PLANS, Tile
+from kmq_kernels.triton_kernels.codebook_linear import PLAN_FP32, PLAN_INPUT_GRAD, PLAN_INPUT_GRAD_FP32, PLANS
 
 DTYPES = {"fp16": "tl.float16", "bf16": "tl.bfloat16", "fp32": "tl.float32"}
 MODULE = "kmq_kernels.triton_kernels.codebook_linear"
@@ -32,6 +32,19 @@ def linear(tile, bits, dtype="fp16", shared=True, lookup=True, tail=False, parti
     }  # fmt: skip
     aligned = ("input", "packed", "codebook", "bias", "out", "OUT", "stride") + (() if tail else ("IN",))
     return offline.Kernel(f"{MODULE}:linear_kernel", {**signature, **sizes}, constexprs, aligned, tile.num_warps, tile.num_stages)
+
+
+def input_grad(tile, bits, dtype, shared):
+    pointer = f"*{dtype}"
+    signature = {"grad": pointer, "packed": "*u8", "codebook": pointer, "out": "*fp32"}
+    constexprs = {
+        "BITS": bits, "SHARED": shared, "PARTIAL": True, "WEIGHT_ROWS": tile.weight_rows, "INPUT_ROWS": tile.input_rows,
+        "DTYPE": DTYPES[dtype], "PRECISION": "ieee", "LOOKUP": bits <= 4 and dtype != "fp32",
+    }  # fmt: skip
+    sizes = dict.fromkeys(["M", "OUT", "IN", "rows_per_piece", "group_rows"], "i32")
+    aligned = (*signature, "OUT", "IN")
+    name = f"{MODULE}:input_grad_kernel"
+    return offline.Kernel(name, {**signature, **sizes}, constexprs, aligned, tile.num_warps, tile.num_stages)
 
 
 def plan(architecture):
@@ -96,14 +109,25 @@ def test_no_plan_spills(architecture):
 @pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_width_compiles(architecture, bits):
-    kernels = [
-        linear(tile, bits, dtype, shared, lookup=bits <= 4 and dtype != "fp32", tail=tail)
-        for tile in plan(architecture).values()
-        for dtype in ("fp16", "bf16")
-        for shared in (True, False)
-        for tail in (True, False)
-    ]
-    kernels += [linear(Tile(64, 16, 4, 3, 2), bits, "fp32", shared, lookup=False) for shared in (True, False)]
+    """Every tile with one codebook and one for each row, with and without a tail. bf16 differs from fp16 in one instruction."""
+    tiles = [*plan(architecture).values()][::-1]
+    kernels = [linear(tile, bits, "fp16", s, bits <= 4, t) for tile in tiles for s in (True, False) for t in (True, False)]
+    kernels.append(linear(tiles[0], bits, "bf16", False, bits <= 4, True))
+    kernels += [linear(PLAN_FP32[16], bits, "fp32", shared, lookup=False) for shared in (True, False)]
+    kernels += [input_grad(PLAN_INPUT_GRAD[64], bits, "fp16", shared) for shared in (True, False)]
     for kernel, compiled in zip(kernels, offline.compile_all(kernels, architecture), strict=True):
         assert compiled.spills == 0, kernel
         assert compiled.registers <= 255, kernel
+
+
+@pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
+def test_input_grad(architecture):
+    """Every tile, a shared codebook and one for each row."""
+    kernels = [input_grad(tile, 4, "bf16", shared) for tile in PLAN_INPUT_GRAD.values() for shared in (True, False)]
+    kernels += [input_grad(PLAN_INPUT_GRAD_FP32[16], bits, "fp32", shared) for bits, shared in ((8, False), (4, True))]
+    for kernel, compiled in zip(kernels, offline.compile_all(kernels, architecture), strict=True):
+        assert compiled.spills == 0, kernel
+        assert compiled.registers <= 255, kernel
+        assert compiled.shared <= 99 * 1024, kernel  # of the device with the least
+        assert kernel.signature["grad"] == "*fp32" or compiled.count("GMMA|HMMA"), kernel
+        assert not compiled.count(r"\bI2F\.F"), kernel

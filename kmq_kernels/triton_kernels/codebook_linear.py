@@ -51,6 +51,7 @@ PLANS: dict[tuple[int, int], dict[int, Tile]] = {
 # fp32 without TF32 runs on the ordinary ALUs, where a decoded weight must be reused little to be worth it.
 PLAN_FP32 = {16: Tile(64, 16, 4, 3, 2)}
 PLAN_INPUT_GRAD = {16: Tile(64, 16, 4, 3, 2), 64: Tile(64, 64, 4, 3, 1)}
+PLAN_INPUT_GRAD_FP32 = {16: Tile(32, 16, 4, 3, 2)}  # more rows of the weight would spill
 
 
 @triton.jit
@@ -292,7 +293,7 @@ def codebook_linear_input_grad(grad_output: Tensor, packed: Tensor, codebook: Te
     grad = grad_output.reshape(M, OUT).contiguous()
     packed, codebook = aligned(packed), codebook.contiguous()
     with _launching(grad):
-        plan = PLAN_INPUT_GRAD if grad.dtype != torch.float32 else {16: PLAN_INPUT_GRAD[16]}  # in fp32 the wide tile spills
+        plan = PLAN_INPUT_GRAD_FP32 if grad.dtype == torch.float32 else PLAN_INPUT_GRAD
         tile = next((tile for limit, tile in plan.items() if limit >= M), None)
         if tile is not None:
             return fused_input_grad(grad, packed, codebook, cols, group_rows, tile).view(*batch, cols)
