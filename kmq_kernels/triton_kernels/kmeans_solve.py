@@ -420,8 +420,8 @@ def solve_points(
         tl.store(bounds_ptr + K, n)
         tl.debug_barrier()
         stride, rounds = 4, 0
-        if (KP <= MOST_EXACT) & every:  # cells are points
-            stride = 0
+        if KP <= MOST_EXACT:
+            stride = tl.where(every, 0, 4)  # where cells are points there is no more to find
         while stride > 0:
             moved = _move_in_windows(
                 w_ptr, s_ptr, q_ptr, bounds_ptr, bounds_ptr + KP + 2, choice_ptr, best_ptr, n, K, stride, KP, WIDTH, PART
