@@ -1,11 +1,12 @@
 """codebook_grad on the CPU beside a sum() of the gradient and torch's scatter_add_, index_add_ and bincount.
 
-The peers get their indices unpacked to int64 beforehand. Every result is checked before it is timed; all run interleaved in one
-process, and a ratio is the median of the ratios of neighbours. `--json FILE` writes the table.
+The peers get their indices unpacked to int64 beforehand. Every result is checked before it is timed; all run in one process, in
+shuffled order, and a ratio is the median of the ratios of neighbours. `--json FILE` writes the table.
 """
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ def contenders(grad: Tensor, packed: Tensor, wide: Tensor, flat: Tensor, K: int)
 def measure(functions: dict, repeats: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
-        for name, function in functions.items():
+        for name, function in random.sample(list(functions.items()), len(functions)):
             start = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - start)
@@ -47,6 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    random.seed(0)
     table = []
     for rows, cols in SHAPES:
         grad = torch.randn(rows, cols)

@@ -146,7 +146,7 @@ class CodebookLinear(CodebookModule):
             out = self.ahead.linear(self, input, bias)
             if out is not None:
                 return out
-        return ops.codebook_linear(input, self.packed, codebook, bias, group_rows=self.group_rows)
+        return ops.codebook_linear_of_layer(input, self.packed, codebook, bias, self.cols, self.group_rows)
 
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type

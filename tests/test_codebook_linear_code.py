@@ -26,7 +26,7 @@ def functions():
         for line in process.stdout:
             if line.endswith(">:\n"):
                 name = line.partition("<")[2][:-3]
-                lines = found.setdefault(name, []) if re.search(r"[Aa]vx(2|512)", name) else None
+                lines = found.setdefault(name, []) if re.search(r"[Aa]vx(2|512)|turned_tile", name) else None
             elif lines is not None and "\t" in line:
                 lines.append(line.rstrip())
     if not any("tile_of" in name for name in found):
@@ -34,8 +34,8 @@ def functions():
     return found
 
 
-def innermost_fma_loop(lines):
-    """The shortest stretch between a backward jump and its target that multiplies."""
+def fma_loops(lines):
+    """The stretches between a backward jump and its target that multiply, the shortest first."""
     index = {int(line.partition(":")[0], 16): i for i, line in enumerate(lines)}
     loops = []
     for i, line in enumerate(lines):
@@ -43,7 +43,7 @@ def innermost_fma_loop(lines):
         start = index.get(int(jump[1], 16)) if jump else None
         if start is not None and start < i and any("vfmadd" in x for x in lines[start:i]):
             loops.append(lines[start : i + 1])
-    return min(loops, key=len)
+    return sorted(loops, key=len)
 
 
 def test_avx2_functions_use_no_avx512_register(functions):
@@ -54,11 +54,47 @@ def test_avx2_functions_use_no_avx512_register(functions):
         assert not wrong, (name, wrong[:3])
 
 
+def spills(loop):
+    """Vector registers written to the stack; reads alone are tables and constants that have no register."""
+    return [line for line in loop if re.search(r"%[xyz]mm\d+,[^,]*\(%r[sb]p", line)]
+
+
+def fused_loop(functions, name):
+    """The loop over whole blocks: of those that multiply the one that prefetches."""
+    (lines,) = [lines for found, lines in functions.items() if f"{name}(" in found]
+    return next(loop for loop in fma_loops(lines) if any("prefetch" in line for line in loop))
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("bits", range(1, 5))
+def test_fused_avx2_loops_keep_their_sums_in_registers(functions, bits, rows):
+    loop = fused_loop(functions, f"DotAvx2::rows<{bits}, {rows}>")
+    assert sum("vfmadd" in line for line in loop) == 16 * rows
+    # 8 sums, 4 byte tables, 2 vectors of indices and what is decoded are more than 16.
+    assert len(spills(loop)) <= (3 if bits > 2 and rows in (4, 8) else 0)
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_fused_avx512_loops_keep_their_sums_in_registers(functions, bits, rows):
+    loop = fused_loop(functions, f"DotAvx512::rows<{bits}, {rows}>")
+    assert sum("vfmadd" in line for line in loop) == 8 * rows
+    assert not spills(loop)
+
+
+@pytest.mark.parametrize("rows", [8, 12, 16])
+@pytest.mark.parametrize("bits", range(1, 7))
+def test_turned_avx512_loops_keep_their_sums_in_registers(functions, bits, rows):
+    loop = fused_loop(functions, f"turned_tile<{bits}, {rows}>")
+    assert sum("vfmadd" in line for line in loop) == 8 * rows
+    assert not spills(loop)
+
+
 @pytest.mark.parametrize("path", TILES)
 def test_tiles_keep_their_sums_in_registers(functions, path):
     tiles = {name: lines for name, lines in functions.items() if f"{path}::tile_of<" in name and "mm" in "".join(lines)}
     assert len(tiles) >= TILES[path]
     for name, lines in tiles.items():
-        loop = innermost_fma_loop(lines)
+        loop = fma_loops(lines)[0]
         assert sum("vfmadd" in line for line in loop) >= 8, name
         assert not [line for line in loop if re.search(r"%[xyz]mm.*\(%r[sb]p|\(%r[sb]p.*%[xyz]mm", line)], name

@@ -66,7 +66,7 @@ KMQ_AVX2_INLINE void add_fields(const uint8_t* block, __m128i field[8]) {
 // Reads ahead of the streams of values and packed blocks, over the end of a page, where the processor's own prefetcher stops.
 template <typename T>
 KMQ_AVX2_INLINE void prefetch_block(const T* values, const uint8_t* blocks) {
-  constexpr size_t ahead = 4096, line = 64;
+  constexpr size_t ahead = 8192, line = 64;
   _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(blocks) + ahead / 8), _MM_HINT_T0);
 #pragma GCC unroll 8
   for (size_t i = 0; i < kBlock * sizeof(T); i += line)

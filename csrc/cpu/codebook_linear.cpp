@@ -1,9 +1,11 @@
 // The linear layer on packed weights. Which way is taken depends on M, the rows of the input:
 //
 //   small M   every packed row is decoded in registers and multiplied with up to kFusedRows input rows at once
+//   few rows  (AVX-512, 9 to kTurnedRows rows, up to kTurnedBits bits) 16 packed rows are turned, so that a decoded register
+//             belongs to one column, and multiplied with up to 16 input rows at once
 //   else      panels of the weight are decoded into the cache and multiplied by the tiles of gemm.h
 //
-// The order of additions depends on M and on the columns of the weight alone, so the result is the same for any number of threads.
+// The order of additions depends on M, the columns and the bits of the weight alone, so the result is the same for any number of threads.
 #include <vector>
 
 #include "decode.h"
@@ -44,6 +46,23 @@ void widen(const T* from, int64_t count, float* to) {
 #endif
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
   }
+}
+
+#ifdef KMQ_X86
+template <typename T>
+KMQ_AVX2 void narrow_avx2(const float* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) store8(to + i, _mm256_loadu_ps(from + i));
+  for (; i < count; ++i) narrow(from[i], to[i]);
+}
+#endif
+
+template <typename T>
+void narrow_row(const float* from, int64_t count, T* to) {
+#ifdef KMQ_X86
+  if (avx2()) return narrow_avx2(from, count, to);
+#endif
+  for (int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
 }
 
 #ifdef KMQ_X86
@@ -227,22 +246,92 @@ void fused(const T* input, const Packed& packed, const float* codebook, int64_t 
   });
 }
 
+constexpr int64_t kTurnedRows = 32;
+constexpr int kTurnedBits = 6;  // the table of more takes the registers of the sums
+
+// c [rows, lanes] (ldc floats apart) = left @ weights + bias for up to R rows of input, `left` [depth][16], and 16 rows of the weight,
+// `turned` block by block. `ahead` is what is turned next, of the same size.
+template <int bits, int R>
+KMQ_AVX512 void turned_tile(const Decoder512<bits>& decoder, const uint8_t* turned, const uint8_t* ahead, int64_t depth, const float* left,
+                            const float* bias, int64_t rows, int64_t lanes, float* c, int64_t ldc) {
+  constexpr int64_t size = kLanes * bits;
+  __m512 sum[R];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) sum[i] = _mm512_setzero_ps();
+  int64_t k = 0;
+  for (; k + kBlock <= depth; k += kBlock, left += (kBlock - kLanes) * 16)
+#pragma GCC unroll 1
+    for (int lane = 0; lane < kLanes; ++lane, turned += size, ahead += size, left += 16) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+      const Planes512<bits> planes(turned);
+#pragma GCC unroll 8
+      for (int field = 0; field < 8; ++field) {
+        const __m512 weights = decoder.look_up(planes.index(field));
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) sum[i] = _mm512_fmadd_ps(weights, _mm512_set1_ps(left[field * kLanes * 16 + i]), sum[i]);
+      }
+    }
+  for (int lane = 0; lane < kLanes && k < depth; ++lane, turned += size, left += 16) {
+    const Planes512<bits> planes(turned);
+#pragma GCC unroll 8
+    for (int field = 0; field < 8; ++field) {
+      if (k + field * kLanes + lane >= depth) continue;
+      const __m512 weights = decoder.look_up(planes.index(field));
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) sum[i] = _mm512_fmadd_ps(weights, _mm512_set1_ps(left[field * kLanes * 16 + i]), sum[i]);
+    }
+  }
+  const __mmask16 mask = first_lanes(lanes);
+  const __m512 add = bias ? _mm512_maskz_loadu_ps(mask, bias) : _mm512_setzero_ps();
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+    if (i < rows) _mm512_mask_storeu_ps(c + i * ldc, mask, _mm512_add_ps(sum[i], add));
+}
+
+// c [M, lanes] for the 16 rows of the weight from `row` on, fewer at its end.
+template <int bits>
+KMQ_AVX512 void turned_rows(const Packed& packed, const float* book, int64_t row, int64_t lanes, const float* left, int64_t M,
+                            const float* bias, uint8_t* turned, float* c, int64_t ldc) {
+  constexpr int64_t size = kLanes * bits;
+  const int64_t bytes = packed.row_bytes();
+  Decoder512<bits> decoder;
+  decoder.load(book);
+  for (int64_t at = 0; at < bytes; at += size) turn_blocks<bits>(packed, row, row + lanes - 1, at, turned + at * 16);
+  const uint8_t* ahead = packed.data + std::min(row + 16, packed.rows - lanes) * bytes;
+  for (int64_t m = 0; m < M; m += 16, left += packed.cols * 16, c += 16 * ldc) {
+    const int64_t rows = std::min<int64_t>(16, M - m);
+    if (rows > 12) turned_tile<bits, 16>(decoder, turned, ahead, packed.cols, left, bias, rows, lanes, c, ldc);
+    else if (rows > 8) turned_tile<bits, 12>(decoder, turned, ahead, packed.cols, left, bias, rows, lanes, c, ldc);
+    else turned_tile<bits, 8>(decoder, turned, ahead, packed.cols, left, bias, rows, lanes, c, ldc);
+  }
+}
+
 template <typename T>
-KMQ_AVX2 void narrow_avx2(const float* from, int64_t count, T* to) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) store8(to + i, _mm256_loadu_ps(from + i));
-  for (; i < count; ++i) narrow(from[i], to[i]);
+void linear_turned(const T* input, int64_t M, const Packed& packed, const float* codebook, int64_t group_rows, const float* bias,
+                   T* output, const Parallel& parallel) {
+  const int64_t cols = packed.cols, strips = ceil_div(M, 16), turned_floats = 16 * packed.row_bytes() / sizeof(float);
+  parallel(ceil_div(packed.rows, 16), ceil_div(kGrainWork, 16 * (cols + 1) * (M + 8)), [&](int64_t begin, int64_t end) {
+    float* const left = workspace(strips * 16 * (cols + 16) + turned_floats);
+    uint8_t* const turned = reinterpret_cast<uint8_t*>(left + strips * 16 * cols);
+    float* const narrow = left + strips * 16 * cols + turned_floats;
+    for (int64_t m = 0; m < M; m += 16) GemmAvx512::pack_rows<16>(input + m * cols, cols, std::min<int64_t>(16, M - m), cols, left + m * cols);
+    for (int64_t row = 16 * begin; row < std::min(16 * end, packed.rows); row += 16) {
+      const int64_t lanes = std::min<int64_t>(16, packed.rows - row);
+      constexpr bool direct = std::is_same_v<T, float>;
+      float* c = narrow;
+      if constexpr (direct) c = output + row;
+      const float* book = codebook + ((row / group_rows) << packed.bits);
+      with_small(packed.bits, [&](auto bits) {
+        if constexpr (bits() <= kTurnedBits)
+          turned_rows<bits()>(packed, book, row, lanes, left, M, bias ? bias + row : nullptr, turned, c, direct ? packed.rows : 16);
+      });
+      if constexpr (!direct)
+        for (int64_t m = 0; m < M; ++m) narrow_row(narrow + 16 * m, lanes, output + m * packed.rows + row);
+    }
+  });
 }
 
 #endif  // KMQ_X86
-
-template <typename T>
-void narrow_row(const float* from, int64_t count, T* to) {
-#ifdef KMQ_X86
-  if (avx2()) return narrow_avx2(from, count, to);
-#endif
-  for (int64_t i = 0; i < count; ++i) narrow(from[i], to[i]);
-}
 
 // Asks for the packed rows that are decoded next: they are far apart, which the hardware does not foresee.
 inline void prefetch_rows(const Packed& packed, int64_t row, int64_t rows, int64_t first_col, int64_t cols) {
@@ -310,6 +399,8 @@ void linear(const T* input, int64_t M, const Packed& packed, const float* codebo
       if (avx512()) fused<DotAvx512, rows()>(input, packed, codebook, group_rows, bias, output, parallel);
       else fused<DotAvx2, rows()>(input, packed, codebook, group_rows, bias, output, parallel);
     });
+  if (avx512() && M <= kTurnedRows && packed.bits <= kTurnedBits && (group_rows % 16 == 0 || group_rows >= packed.rows))
+    return linear_turned(input, M, packed, codebook, group_rows, bias, output, parallel);
 #endif
   with_gemm([&](auto path) {
     using Gemm = decltype(path);

@@ -76,58 +76,55 @@ void decode_rows_scalar(const Packed& packed, const T* codebook, int64_t group_r
 
 #ifdef KMQ_X86
 
-// The indices of a block as four registers, [half][nibble]: byte 4 * b + c of 128-bit lane l holds the index of column
+// Half of the indices of a block as two registers, one a nibble: byte 4 * b + c of 128-bit lane l holds the index of column
 // 32 * b + 16 * nibble + 8 * half + 4 * l + c. One in-lane transpose of 4 x 4 bytes brings the 4-bit plane to this order, and
 // four bytes of a float looked up in this order interleave to 8 neighbouring columns a register.
 template <int bits>
-KMQ_AVX2_INLINE void index_vectors(const uint8_t* block, __m256i index[2][2]) {
+KMQ_AVX2_INLINE void index_vectors(const uint8_t* block, int half, __m256i index[2]) {
   const __m256i transpose = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-#pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
-    const uint8_t* plane = block;
-    if (bits >= 4) {
-      const __m256i low = _mm256_set1_epi8(15);
-      const __m256i bytes = _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane + 32 * half)), transpose);
-      index[half][0] = _mm256_and_si256(bytes, low);
-      index[half][1] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
-      plane += 64;
-    }
-    if (bits == 8) {
-      const __m256i high = _mm256_set1_epi8(-16);
-      const __m256i bytes = _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane + 32 * half)), transpose);
-      index[half][0] = _mm256_or_si256(index[half][0], _mm256_and_si256(_mm256_slli_epi16(bytes, 4), high));
-      index[half][1] = _mm256_or_si256(index[half][1], _mm256_and_si256(bytes, high));
-    }
-    if (bits == 2 || bits == 3 || bits == 6 || bits == 7) {
-      constexpr int at = bits >= 4 ? 4 : 0;
-      // Byte b / 2 of the two bytes of each lane, then its field 2 * (b % 2) + nibble.
-      const __m256i pick = _mm256_setr_epi8(0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7, 8, 10, 12, 14, 8, 10, 12, 14, 9, 11, 13,
-                                            15, 9, 11, 13, 15);
-      const __m256i bytes = _mm256_shuffle_epi8(
-          _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane + 16 * half))), pick);
-      const __m256i field = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
-      const __m256i mask = _mm256_set1_epi8(3 << at);
-      const __m256i even = _mm256_and_si256(_mm256_slli_epi32(field, at), mask);
-      const __m256i odd = _mm256_and_si256(at ? _mm256_slli_epi32(field, at - 2) : _mm256_srli_epi32(field, 2), mask);
-      index[half][0] = at ? _mm256_or_si256(index[half][0], even) : even;
-      index[half][1] = at ? _mm256_or_si256(index[half][1], odd) : odd;
-      plane += 32;
-    }
-    if (bits == 1 || bits == 3 || bits == 5 || bits == 7) {
-      constexpr int at = bits - 1;
-      const __m256i pick = half ? _mm256_setr_epi8(8, 9, 10, 11, 8, 9, 10, 11, 8, 9, 10, 11, 8, 9, 10, 11, 12, 13, 14, 15, 12, 13, 14,
-                                                   15, 12, 13, 14, 15, 12, 13, 14, 15)
-                                : _mm256_setr_epi8(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7,
-                                                   4, 5, 6, 7);
-      const __m256i bytes =
-          _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane))), pick);
-      const __m256i field = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
-      const __m256i mask = _mm256_set1_epi8(1 << at);
-      const __m256i even = _mm256_and_si256(_mm256_slli_epi32(field, at), mask);
-      const __m256i odd = _mm256_and_si256(at ? _mm256_slli_epi32(field, at - 1) : _mm256_srli_epi32(field, 1), mask);
-      index[half][0] = at ? _mm256_or_si256(index[half][0], even) : even;
-      index[half][1] = at ? _mm256_or_si256(index[half][1], odd) : odd;
-    }
+  const uint8_t* plane = block;
+  if (bits >= 4) {
+    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane + 32 * half)), transpose);
+    index[0] = _mm256_and_si256(bytes, low);
+    index[1] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
+    plane += 64;
+  }
+  if (bits == 8) {
+    const __m256i high = _mm256_set1_epi8(-16);
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane + 32 * half)), transpose);
+    index[0] = _mm256_or_si256(index[0], _mm256_and_si256(_mm256_slli_epi16(bytes, 4), high));
+    index[1] = _mm256_or_si256(index[1], _mm256_and_si256(bytes, high));
+  }
+  if (bits == 2 || bits == 3 || bits == 6 || bits == 7) {
+    constexpr int at = bits >= 4 ? 4 : 0;
+    // Byte b / 2 of the two bytes of each lane, then its field 2 * (b % 2) + nibble.
+    const __m256i pick = _mm256_setr_epi8(0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7, 8, 10, 12, 14, 8, 10, 12, 14, 9, 11, 13,
+                                          15, 9, 11, 13, 15);
+    const __m256i bytes = _mm256_shuffle_epi8(
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane + 16 * half))), pick);
+    const __m256i field = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+    const __m256i mask = _mm256_set1_epi8(3 << at);
+    const __m256i even = _mm256_and_si256(_mm256_slli_epi32(field, at), mask);
+    const __m256i odd = _mm256_and_si256(at ? _mm256_slli_epi32(field, at - 2) : _mm256_srli_epi32(field, 2), mask);
+    index[0] = at ? _mm256_or_si256(index[0], even) : even;
+    index[1] = at ? _mm256_or_si256(index[1], odd) : odd;
+    plane += 32;
+  }
+  if (bits == 1 || bits == 3 || bits == 5 || bits == 7) {
+    constexpr int at = bits - 1;
+    const __m256i pick = half ? _mm256_setr_epi8(8, 9, 10, 11, 8, 9, 10, 11, 8, 9, 10, 11, 8, 9, 10, 11, 12, 13, 14, 15, 12, 13, 14,
+                                                 15, 12, 13, 14, 15, 12, 13, 14, 15)
+                              : _mm256_setr_epi8(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7,
+                                                 4, 5, 6, 7);
+    const __m256i bytes =
+        _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane))), pick);
+    const __m256i field = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+    const __m256i mask = _mm256_set1_epi8(1 << at);
+    const __m256i even = _mm256_and_si256(_mm256_slli_epi32(field, at), mask);
+    const __m256i odd = _mm256_and_si256(at ? _mm256_slli_epi32(field, at - 1) : _mm256_srli_epi32(field, 1), mask);
+    index[0] = at ? _mm256_or_si256(index[0], even) : even;
+    index[1] = at ? _mm256_or_si256(index[1], odd) : odd;
   }
 }
 
@@ -135,7 +132,8 @@ KMQ_AVX2_INLINE void index_vectors(const uint8_t* block, __m256i index[2][2]) {
 template <int bits>
 KMQ_AVX2_INLINE void indices_avx2(const uint8_t* block, uint8_t* index) {
   __m256i vectors[2][2];
-  index_vectors<bits>(block, vectors);
+  index_vectors<bits>(block, 0, vectors[0]);
+  index_vectors<bits>(block, 1, vectors[1]);
 #pragma GCC unroll 2
   for (int nibble = 0; nibble < 2; ++nibble) {
     const __m256i low = _mm256_unpacklo_epi32(vectors[0][nibble], vectors[1][nibble]);
@@ -206,16 +204,16 @@ struct Decoder {
           out(16 * field + 8 * half, field % 4, _mm256_permutevar_ps(entries, _mm256_srli_epi32(fields, bits * field)));
       }
     } else if constexpr (bits <= 7) {
-      __m256i index[2][2];
-      index_vectors<bits>(block, index);
 #pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half)
+      for (int half = 0; half < 2; ++half) {
+        __m256i index[2];
+        index_vectors<bits>(block, half, index);
 #pragma GCC unroll 2
         for (int nibble = 0; nibble < 2; ++nibble) {
           __m256i plane[4];
 #pragma GCC unroll 4
           for (int t = 0; t < kTables; ++t) {
-            __m256i at = index[half][nibble];
+            __m256i at = index[nibble];
             if (kTables > 1) at = _mm256_add_epi8(_mm256_xor_si256(at, _mm256_set1_epi8(16 * t)), _mm256_set1_epi8(0x70));
 #pragma GCC unroll 4
             for (int p = 0; p < 4; ++p) {
@@ -231,6 +229,7 @@ struct Decoder {
           out(column + 64, 2, _mm256_castsi256_ps(_mm256_unpacklo_epi16(c, d)));
           out(column + 96, 3, _mm256_castsi256_ps(_mm256_unpackhi_epi16(c, d)));
         }
+      }
     } else {
       uint8_t index[kBlock];
       float weights[kBlock];
@@ -298,14 +297,19 @@ KMQ_AVX2 void decode_rows_avx2(const Packed& packed, const T* codebook, int64_t 
   }
 }
 
+KMQ_AVX512_INLINE __m512i in_register(__m512i x) {
+  asm("" : "+v"(x));
+  return x;
+}
+
 // The planes of a block, one 32-bit lane of AVX-512 for each of the 16 lanes of the layout.
 template <int bits>
 struct Planes512 {
   __m512i four, high, two, one;  // `high` is the second 4-bit plane of 8 bits
 
   KMQ_AVX512_INLINE explicit Planes512(const uint8_t* block) {
-    if constexpr (bits >= 4) four = _mm512_loadu_si512(block);
-    if constexpr (bits == 8) high = _mm512_loadu_si512(block + 64);
+    if constexpr (bits >= 4) four = in_register(_mm512_loadu_si512(block));
+    if constexpr (bits == 8) high = in_register(_mm512_loadu_si512(block + 64));
     const uint8_t* rest = block + (bits >= 4 ? 64 : 0);
     if constexpr (bits == 2 || bits == 3 || bits == 6 || bits == 7)
       two = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rest)));
