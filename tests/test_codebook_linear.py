@@ -7,7 +7,7 @@ from test_dequantize import problem
 import kmq_kernels as kmq
 
 input_grad = torch.ops.kmq.codebook_linear_input_grad
-SHAPES = [(1, 1, 1), (5, 3, 2), (47, 127, 47), (49, 128, 1), (100, 300, 8), (770, 700, 770)]
+SHAPES = [(1, 1, 1), (5, 3, 2), (47, 127, 47), (49, 128, 1), (100, 300, 8), (100, 130, 32), (770, 700, 770)]
 SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 25, 33]
 
 

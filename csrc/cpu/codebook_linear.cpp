@@ -255,11 +255,12 @@ template <int bits, int R>
 KMQ_AVX512 void turned_tile(const Decoder512<bits>& decoder, const uint8_t* turned, const uint8_t* ahead, int64_t depth, const float* left,
                             const float* bias, int64_t rows, int64_t lanes, float* c, int64_t ldc) {
   constexpr int64_t size = kLanes * bits;
+  alignas(64) float total[R * 16] = {};  // of whole blocks: sums of short chains keep the rounding error of a long row small
   __m512 sum[R];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) sum[i] = _mm512_setzero_ps();
   int64_t k = 0;
-  for (; k + kBlock <= depth; k += kBlock, left += (kBlock - kLanes) * 16)
+  for (; k + kBlock <= depth; k += kBlock, left += (kBlock - kLanes) * 16) {
 #pragma GCC unroll 1
     for (int lane = 0; lane < kLanes; ++lane, turned += size, ahead += size, left += 16) {
       _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
@@ -271,6 +272,12 @@ KMQ_AVX512 void turned_tile(const Decoder512<bits>& decoder, const uint8_t* turn
         for (int i = 0; i < R; ++i) sum[i] = _mm512_fmadd_ps(weights, _mm512_set1_ps(left[field * kLanes * 16 + i]), sum[i]);
       }
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      _mm512_store_ps(total + 16 * i, _mm512_add_ps(_mm512_load_ps(total + 16 * i), sum[i]));
+      sum[i] = _mm512_setzero_ps();
+    }
+  }
   for (int lane = 0; lane < kLanes && k < depth; ++lane, turned += size, left += 16) {
     const Planes512<bits> planes(turned);
 #pragma GCC unroll 8
@@ -285,7 +292,7 @@ KMQ_AVX512 void turned_tile(const Decoder512<bits>& decoder, const uint8_t* turn
   const __m512 add = bias ? _mm512_maskz_loadu_ps(mask, bias) : _mm512_setzero_ps();
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
-    if (i < rows) _mm512_mask_storeu_ps(c + i * ldc, mask, _mm512_add_ps(sum[i], add));
+    if (i < rows) _mm512_mask_storeu_ps(c + i * ldc, mask, _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(total + 16 * i), sum[i]), add));
 }
 
 // c [M, lanes] for the 16 rows of the weight from `row` on, fewer at its end.

@@ -297,6 +297,8 @@ KMQ_AVX2 void decode_rows_avx2(const Packed& packed, const T* codebook, int64_t 
   }
 }
 
+// Keeps x in its register. GCC 12 else reads a block again for each of its 8 fields, which waits for memory 8 times where it is not
+// in the cache: 3 rows of input took 1.7 times as long.
 KMQ_AVX512_INLINE __m512i in_register(__m512i x) {
   asm("" : "+v"(x));
   return x;
