@@ -27,7 +27,7 @@ Init = Literal["k-means++", "linear", "random", "quantile"]
 Scheme = Literal["kmeans", "linear"]
 
 _INERTIA_CHUNK = 1 << 20
-_BATCH = 1 << 24  # weights handed to the compiled engine at a time
+_BATCH = 1 << 26  # weights handed to the compiled engine at a time
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 // The scheduler: all problems of all matrices, spread over threads across problems and inside large ones.
 //
-// A large problem is opened, its segments are counted, it is solved, its pieces are labelled. Each of these is a task; a thread
+// A large problem is opened, its segments are counted, it is solved, the values near its edges are gathered from its segments and
+// it is settled, its pieces are labelled. Each of these is a task; a thread
 // takes the task that finishes what was begun before one that begins something, so that few histograms are alive and the values
 // are labelled while they may still be in the cache. Small problems follow, a run of them a task.
 #include <algorithm>
@@ -17,6 +18,8 @@ namespace kmq::cpu {
 namespace {
 
 constexpr int64_t kRun = 32;       // small problems of one task
+constexpr int kZoomed = 64;        // centroids; with more of them, values near an edge are a large part of all
+constexpr int kMostGathers = 4;    // of one problem; one is nearly always enough
 constexpr int64_t kPiece = 65536;  // values labelled by one task, whose errors are summed as one
 
 struct Problem {
@@ -120,6 +123,11 @@ struct Large {
   KmeansFault fault = KmeansFault::none;
   double lower_bound = 0;
   std::unique_ptr<Histogram> histogram;
+  Points points;
+  Solution solution;
+  Gathered gathered;
+  Edges asked;                 // points whose values are being gathered
+  int gathers = 0;
   std::unique_ptr<Labeller> labeller;
   std::vector<Piece> pieces;
   std::vector<double> errors;  // of the pieces, summed in their order
@@ -153,7 +161,7 @@ class Schedule {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       if (left_ == 0 || failed_) return nullptr;
-      for (std::deque<Task>* tasks : {&to_label_, &to_count_}) {
+      for (std::deque<Task>* tasks : {&to_finish_, &to_count_}) {
         if (tasks->empty()) continue;
         Task task = std::move(tasks->front());
         tasks->pop_front();
@@ -191,22 +199,51 @@ class Schedule {
       begin_labels(large);
       return;
     }
-    large.histogram = std::make_unique<Histogram>(problem.values(), problem.matrix->dtype, problem.weight(), problem.size());
+    large.histogram = std::make_unique<Histogram>(problem.values(), problem.matrix->dtype, problem.weight(), problem.size(),
+                                                  problem.matrix->num_centroids);
     add(large, to_count_, large.histogram->segments(), &Schedule::count);
   }
 
   void count(Large& large, int64_t segment, Scratch& scratch) {
     large.histogram->count(segment);
     if (!last(large)) return;
-    large.fault = large.histogram->points(scratch, scratch.points);
-    large.histogram.reset();
-    if (large.fault == KmeansFault::none) {
-      solve(scratch.points, large.problem.matrix->num_centroids, options_, scratch, scratch.solution);
-      store(large.problem, scratch.solution);
-      large.lower_bound = scratch.solution.lower_bound;
-      if (!surely_used(scratch.points, scratch.solution) && !all_used(large.problem, labeller_of(large.problem)))
-        solve_sorted(large.problem, options_, scratch, large.lower_bound);  // the bins were too wide for these centroids
+    large.fault = large.histogram->points(scratch, large.points);
+    if (large.fault != KmeansFault::none) return begin_labels(large);
+    solve(large.points, large.problem.matrix->num_centroids, options_, scratch, large.solution);
+    zoom_in(large, scratch);
+  }
+
+  void gather(Large& large, int64_t segment, Scratch& scratch) {
+    large.histogram->gather(segment);
+    if (!last(large)) return;
+    const std::vector<int32_t> starts = large.histogram->take(large.gathered);
+    for (size_t i = 0; i < large.asked.size(); ++i) {
+      Points::Members& members = large.points.members[large.asked[i]];
+      members.bin = -1;
+      members.first = starts[i];
+      members.last = starts[i + 1];
     }
+    zoom_in(large, scratch);
+  }
+
+  void zoom_in(Large& large, Scratch& scratch) {
+    if (large.problem.matrix->num_centroids <= kZoomed && large.gathers++ <= kMostGathers)
+      large.asked = zoom(large.points, large.gathered, options_, scratch, large.solution);
+    else
+      large.asked.clear();
+    if (!large.asked.empty()) {
+      std::vector<int32_t> bins;
+      for (const int64_t i : large.asked) bins.push_back(large.points.members[i].bin);
+      large.histogram->mark(bins);
+      return add(large, to_finish_, large.histogram->segments(), &Schedule::gather);
+    }
+    large.histogram.reset();
+    store(large.problem, large.solution);
+    large.lower_bound = large.solution.lower_bound;
+    if (!surely_used(large.points, large.solution) && !all_used(large.problem, labeller_of(large.problem)))
+      solve_sorted(large.problem, options_, scratch, large.lower_bound);  // the bins were too wide for these centroids
+    large.points = {};
+    large.gathered = {};
     begin_labels(large);
   }
 
@@ -215,7 +252,7 @@ class Schedule {
     large.labeller = std::make_unique<Labeller>(labeller_of(large.problem));
     large.pieces = pieces_of(large.problem);
     large.errors.resize(large.pieces.size());
-    add(large, to_label_, static_cast<int64_t>(large.pieces.size()), &Schedule::label_piece);
+    add(large, to_finish_, static_cast<int64_t>(large.pieces.size()), &Schedule::label_piece);
   }
 
   void label_piece(Large& large, int64_t piece, Scratch&) {
@@ -248,7 +285,7 @@ class Schedule {
   const KmeansOptions& options_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<Task> to_label_, to_count_;
+  std::deque<Task> to_finish_, to_count_;
   size_t next_large_ = 0;
   int64_t next_run_ = 0, runs_, left_;
   bool failed_ = false;

@@ -14,9 +14,14 @@ constexpr int64_t kSmall = 16384;  // values; up to here, a problem is sorted an
 // bound of the weighted squared error of its values around it, and `blur` is how far a value may lie from where the histogram
 // saw it (rounding of its key).
 struct Points {
+  // The values that a point is the mean of, and what they lie between: those of a bin, or gathered ones. Neither where it is one.
+  struct Members { int32_t bin = -1, first = 0, last = 0; float low = 0, high = 0; };
   std::vector<double> x, w, spread;
+  std::vector<Members> members;  // like spread
   double blur = 0;
   int64_t size() const { return static_cast<int64_t>(x.size()); }
+  bool single(int64_t i) const { return members[i].bin < 0 && members[i].first == members[i].last; }
+  void ascend();  // makes positions that rounding set equal ascend
   void clear();
 };
 
@@ -77,7 +82,7 @@ struct Known { double price_ratio = 1, slope = 2; };
 struct Scratch {
   std::vector<uint64_t> items, others;
   std::vector<float> wide;
-  Points points;
+  Points points, finer;
   Sums sums, cell_sums;
   PartitionScratch partition;
   Solution solution;
@@ -85,6 +90,18 @@ struct Scratch {
 };
 
 void solve(const Points& points, int num_centroids, const KmeansOptions& options, Scratch& scratch, Solution& solution);
+
+// Moves each inner edge of a solution to the best place in [low, high], where `edges` lies too; then Lloyd iterations.
+void settle(const Points& points, const Edges& edges, const Edges& low, const Edges& high, const KmeansOptions& options, Scratch& scratch,
+            Solution& solution);
+
+// Values taken out of marked bins, in the order of the bins.
+struct Gathered { std::vector<float> x, w; };  // w is empty where all weights are one
+
+// Takes the points that hold an edge of a solution apart and settles it, until none holds one: then the partition is the best one
+// near by and stands still under Lloyd iterations over all values. Returns the points whose bins must be gathered first; none
+// when it is done.
+Edges zoom(Points& points, Gathered& values, const KmeansOptions& options, Scratch& scratch, Solution& solution);
 
 constexpr float kLargest = 3.4028234e38f;
 
@@ -108,30 +125,52 @@ KmeansFault sorted_points(const void* values, Dtype dtype, const float* weight, 
 class Histogram {
  public:
   static constexpr int64_t kSegment = int64_t(1) << 21;
-  Histogram(const void* values, Dtype dtype, const float* weight, int64_t n);
+  Histogram(const void* values, Dtype dtype, const float* weight, int64_t n, int num_centroids);
   int64_t segments() const { return static_cast<int64_t>(parts_.size()); }
   void count(int64_t segment);
-  // Falls back to sorted_points where a histogram cannot resolve the values.
+  // Falls back to sorted_points where a histogram cannot resolve the values. Forgets the counts.
   KmeansFault points(Scratch& scratch, Points& points);
+
+  // A second pass, for the values of some bins: mark them, gather each segment, take what was found. Values of weight zero are
+  // left out. The i-th bin's values lie between the i-th and the next of the positions returned.
+  void mark(const std::vector<int32_t>& bins);
+  void gather(int64_t segment);
+  std::vector<int32_t> take(Gathered& values);
+
+  struct Keys {
+    float origin = 0, scale = 0;
+    int low_bits = 0;
+    uint32_t half_bins = 0, first = 0;  // bins of one sign, before the one for what lies outside; key of scale itself
+  };
+  struct Marks {
+    std::vector<uint16_t> of;  // of each bin: its number from 1 on, 0 where it is not marked
+    int32_t count = 0;
+    uint32_t bits[32] = {};    // a filter that a register or four hold
+  };
 
  private:
   struct Bin { double weight, sum; };
+  struct Found { float x; uint16_t mark; };
   struct Part {
     std::vector<uint64_t> counts;
     std::vector<Bin> bins;
     std::vector<int64_t> outside;  // positions of values beyond the last bin
+    std::vector<Found> found;
+    std::vector<float> found_weight;
     KmeansFault fault = KmeansFault::none;
   };
   template <typename T> void count_half(Part& part, const T* values, int64_t begin, int64_t end);
   void count_float(Part& part, int64_t begin, int64_t end);
   bool few_distinct(Points& points) const;
+  int64_t num_bins() const { return 2 * (int64_t(keys_.half_bins) + 1); }
 
   const void* values_;
   Dtype dtype_;
   const float* weight_;
   int64_t n_;
-  float origin_ = 0, scale_ = 0;
+  Keys keys_;
   std::vector<Part> parts_;
+  Marks marks_;
 };
 
 // The binary search for the nearest centroid, level by level: bit l of the index, from the top, is value > pivot[l][bits above].

@@ -294,7 +294,13 @@ void step(const Kernels& kernels, const Sums& sums, bool more, PartitionScratch&
 
 void Points::clear() {
   for (std::vector<double>* column : {&x, &w, &spread}) column->clear();
+  members.clear();
   blur = 0;
+}
+
+void Points::ascend() {
+  for (size_t i = 1; i < x.size(); ++i)
+    if (x[i] <= x[i - 1]) x[i] = std::nextafter(x[i - 1], kInfinity);
 }
 
 void Sums::set(const Points& points) {

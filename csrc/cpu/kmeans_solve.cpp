@@ -328,4 +328,17 @@ void solve(const Points& points, int num_centroids, const KmeansOptions& options
   lloyd(points, sums, options, 0.0, out);
 }
 
+void settle(const Points& points, const Edges& edges, const Edges& low, const Edges& high, const KmeansOptions& options, Scratch& scratch,
+            Solution& solution) {
+  Sums& sums = scratch.sums;
+  sums.set(points);
+  Edges from, to;
+  ranges_around(edges, [&](int64_t k) { return low[k]; }, [&](int64_t k) { return high[k]; }, from, to);
+  best_nearby(sums, from, to, scratch.partition, solution.edges);
+  for (size_t k = 0; k + 1 < edges.size(); ++k)
+    solution.centroids[k] = mean_of(points, sums, solution.edges[k], solution.edges[k + 1]);
+  solution.edges.clear();
+  lloyd(points, sums, options, 0.0, solution);
+}
+
 }  // namespace kmq::cpu
