@@ -167,7 +167,30 @@ def model_table(weights, rounds, report):
         report["model"][name] = {"seconds": times[name], "two_reads": seconds / two_reads, "extra_bytes": beyond}
         memory = "" if beyond is None else f"{beyond / 1e6:>18.1f}{100 * beyond / (4 * total):>14.1f}"
         print(f"{name:22}{seconds:>8.3f}{seconds / two_reads:>13.1f}{memory}")
+    whole_model(weights, fisher, calls, report)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def whole_model(weights, fisher, calls, report):
+    """flash1dkmeans, the fastest peer, on every matrix: once, since it takes seconds, between two runs of ours."""
+    try:
+        flash = importlib.import_module("flash1dkmeans").kmeans_1d
+    except ImportError as error:
+        print(f"flash1dkmeans on all matrices: skipped, {error}")
+        return
+    values = [t.reshape(-1).numpy() for t in weights]
+    squares = [t.reshape(-1).numpy() for t in fisher]
+    for name, k, w in (("k=16", 16, None), ("k=256", 256, None), ("k=16 weighted", 16, squares)):
+        flash(values[-1], k, sample_weights=None if w is None else w[-1], random_state=0)  # compiles
+
+        def peer(k=k, w=w):
+            for i, x in enumerate(values):
+                flash(x, k, sample_weights=None if w is None else w[i], random_state=0)
+
+        calls[name]()
+        before, theirs, after = once(calls[name]), once(peer), once(calls[name])
+        report["model"][name]["flash1dkmeans"] = {"ours": [before, after], "seconds": theirs}
+        print(f"{name:22}flash1dkmeans on all matrices {theirs:.1f} s, {2 * theirs / (before + after):.0f} x ours")
 
 
 def peer_table(name, values, k, weight, total, ours_total, rounds, report):
@@ -244,12 +267,14 @@ def distributions(n):
 
 
 def quality_table(weights, n, report):
+    """scikit-learn takes minutes for many centroids: there all are compared on 50,000 of the values too."""
     print("\ninertia over the optimum")
-    print(f"{'':30}{'k':>5}{'kmq':>12}{'bound':>12}{'flash1dkmeans':>15}{'scikit-learn':>14}")
+    print(f"{'':38}{'k':>5}{'kmq':>15}{'bound':>15}{'flash1dkmeans':>15}{'scikit-learn':>15}")
     picked = [i for i, t in enumerate(weights) if 100_000 < t.numel() < 3_000_000][:: max(1, len(weights) // 6)][:5]
     data = {f"matrix {i} {tuple(weights[i].shape)}": weights[i].reshape(-1) for i in picked} | distributions(n)
-    for name, values in data.items():
-        for k in (4, 16, 64, 256):
+    for name, whole in data.items():
+        for k, fewer in ((4, False), (16, False), (64, False), (64, True), (256, False), (256, True)):
+            values = whole[:: len(whole) // 50_000][:50_000].clone() if fewer else whole
             optimum = float(kmq.kmeans(values, k, algorithm="exact").inertia)
             result = kmq.kmeans(values, k)
 
@@ -259,12 +284,13 @@ def quality_table(weights, n, report):
             found = {"kmq": over(float(result.inertia)), "bound": float(result.bound)}
             for peer in ("flash1dkmeans", "scikit-learn"):
                 run = peers(values, k, None)[peer]
-                few = len(values.unique()) < k or (peer == "scikit-learn" and k > 16)
+                few = len(values.unique()) < k or (peer == "scikit-learn" and k > 16 and not fewer)
                 found[peer] = None if isinstance(run, str) or few else over(inertia(values, run()))
-            report.setdefault("quality", {})[f"{name}, k={k}"] = found
-            shown = ["-" if value is None else f"{value:.6f}" for value in found.values()]
-            cells = "".join(f"{text:>{width}}" for text, width in zip(shown, (12, 12, 15, 14), strict=True))
-            print(f"{name:30}{k:>5}{cells}")
+            title = f"{name}, 50,000" if fewer else name
+            report.setdefault("quality", {})[f"{title}, k={k}"] = found
+            shown = ["-" if value is None else f"{value:.9f}" for value in found.values()]
+            cells = "".join(f"{text:>{width}}" for text, width in zip(shown, (15, 15, 15, 15), strict=True))
+            print(f"{title:38}{k:>5}{cells}", flush=True)
 
 
 def main():
@@ -273,11 +299,11 @@ def main():
     parser.add_argument("--json", help="write all figures to this file")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="fewer matrices and rounds, no quality table")
+    parser.add_argument("--only", choices=("times", "quality"), help="one half of the benchmark")
     args = parser.parse_args()
     rounds = 2 if args.quick else args.rounds
     named = load(args.weights, args.quick)
     weights = [t.float().contiguous() for t in named.values()]
-    total = sum(t.numel() for t in weights)
     report = {
         "build": kmq.build_info()["extension"], "machine": platform.processor() or platform.machine(), "load": os.getloadavg(),
         "threads": torch.get_num_threads(), "weights": args.weights or "synthetic", "versions": {"torch": torch.__version__},
@@ -286,6 +312,16 @@ def main():
     cache = "unknown" if report["last_level_cache"] is None else f"{report['last_level_cache'] / 1e6:.0f} MB"
     print(f"path {report['build']['cpu_path']}, last-level cache {cache}")
     print(f"{report['machine']}, {report['threads']} threads, load {report['load'][0]:.1f}, weights: {report['weights']}")
+    if args.only != "quality":
+        time_tables(named, weights, rounds, report)
+    if not args.quick and args.only != "times":
+        quality_table(weights, 300_000, report)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1))
+
+
+def time_tables(named, weights, rounds, report):
+    total = sum(t.numel() for t in weights)
     ours = model_table(weights, rounds, report)
     name, matrix = next((n, t) for n, t in zip(named, weights, strict=True) if 500_000 < t.numel() < 3_000_000)
     values = matrix.reshape(-1)
@@ -295,10 +331,6 @@ def main():
     peer_table(name, values, 16, fisher, total, ours["k=16 weighted"], rounds, report)
     peer_table(name, values[:20_000].clone(), 16, None, total, ours["k=16"], rounds, report)
     rows_table(next((t for t in weights if t.shape == (3072, 768)), weights[-1]), rounds, report)
-    if not args.quick:
-        quality_table(weights, 300_000, report)
-    if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

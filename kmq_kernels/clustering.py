@@ -408,9 +408,10 @@ def kmeans(
     fp64. num_centroids: K from 1 to 256; a list may have one for each tensor. sample_weight: like values, not negative, not all
     zero in any problem; a value of weight zero gets an index but has no say in the centroids.
     algorithm: "optimal" is the global optimum for up to 16,384 values, and beyond solves the problem on a fine adaptive grid by
-    dynamic programming, then Lloyd on all values; "exact" the global optimum over all distinct values; "lloyd" iterates from
-    `init` ("k-means++", "linear", "random", "quantile") until the partition stands still, the centroids move less than `tol`
-    (relative to the variance, as in scikit-learn), or `max_iter`.
+    dynamic programming, then on the values near the edges between clusters until Lloyd iterations over all values change nothing
+    (with more than 64 centroids: on the bins of a histogram); "exact" the global optimum over all distinct values; "lloyd"
+    iterates from `init` ("k-means++", "linear", "random", "quantile") until the partition stands still, the centroids move less
+    than `tol` (relative to the variance, as in scikit-learn), or `max_iter`.
     On CUDA tensors "optimal" runs on the device, where `bound` is not known.
     seed makes "k-means++" and "random" repeatable; each problem draws from the same seed, whatever stands beside it.
 
