@@ -132,7 +132,7 @@ def test_optimal_stands_still_under_lloyd(name, num_centroids, weighted):
 
 @pytest.mark.parametrize("name", ["gaussian", "student_t", "laplace", "half_zeros", "two_outliers", "far_from_zero", "bfloat16"])
 def test_few_centroids_reach_the_optimum(name):
-    """Up to optima of single values: a few hundred values further on, another edge may be better by parts in a thousand million."""
+    """Up to optima of single values: a few hundred values further on, an edge may be better by parts in a thousand million."""
     values = distributions(60_000)[name]
     for num_centroids in (2, 4):
         optimum = float(kmq.kmeans(values, num_centroids, algorithm="exact").inertia)
