@@ -44,6 +44,15 @@ def distortion_curves(
     return curves
 
 
+def fewest_bits(costs: Sequence[Sequence[int]], budget: int) -> int:
+    """The fewest bits that a module should get: 2 where the budget has room for 2 bits in every module, else 1.
+
+    A squared error stands for a loss only where it is small. What 1 bit leaves, about 0.4 of a weight's variance, is not: it
+    costs more than any figure at the unchanged weights tells. costs: (modules, 8) bytes at 1 to 8 bits.
+    """
+    return 2 if sum(row[1] for row in costs) <= budget else 1
+
+
 def _expect_budget(costs: npt.NDArray[np.int64], budget: int) -> None:
     least = int(costs.min(1).sum())
     if budget < least:
@@ -156,7 +165,7 @@ def _dominated(costs: npt.NDArray[np.int64], errors: Array, b: int) -> bool:
 
 
 def by_eigenvalue(costs: Sequence[Sequence[int]], eigenvalues: Sequence[float], budget: int) -> list[int]:
-    """For every module the number of its choice (0 for 1 bit to 7 for 8 bits), more for a larger eigenvalue.
+    """For every module the number of its choice, from 0 for the fewest bits on by one bit each, more for a larger eigenvalue.
 
     With b bits the error of a weight falls like 4**-b, and the loss by at most eigenvalue * error / 2; equal shares of all
     modules need bits = c + log2(eigenvalue) / 2. c grows until nothing more fits the budget; no module ever has more bits than

@@ -235,7 +235,7 @@ class SensitivitySettings:
 
     fisher_batches: int = 400
     fisher_batch_size: int = 4
-    damping: float = 0.1
+    damping: float = sensitivity.DAMPING
     hessian_batches: int = 2
     hessian_batch_size: int = 8
     hessian_iterations: int = 5

@@ -271,9 +271,10 @@ def _allocated(
     free, costs, budget = _budget(model, config, chosen)
     if not free:
         return config
+    least = allocation.fewest_bits(costs, budget)
+    costs = [row[least - 1 :] for row in costs]
     if config.allocation == "uniform":
-        bits = max(b for b in allocation.BITS if sum(row[b - 1] for row in costs) <= budget)
-        choice = [bits - 1] * len(free)
+        choice = [max(c for c in range(len(costs[0])) if sum(row[c] for row in costs) <= budget)] * len(free)
     elif config.allocation == "hessian":
         missing = [name for name in free if name not in (eigenvalues or {})]
         if eigenvalues is None or missing:
@@ -289,8 +290,8 @@ def _allocated(
                 names=[f"{name}.weight" for name in free],
                 on_done=lambda i: bar.update(weights[i].numel()) and None,
             )
-        choice = allocation.least_error(costs, curves.tolist(), budget)
-    found = {_exactly(name, model): allocation.BITS[c] for name, c in zip(free, choice, strict=True)}
+        choice = allocation.least_error(costs, curves[:, least - 1 :].tolist(), budget)
+    found = {_exactly(name, model): least + c for name, c in zip(free, choice, strict=True)}
     return dataclasses.replace(config, module_bits={**(config.module_bits or {}), **found})
 
 

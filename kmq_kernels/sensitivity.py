@@ -84,7 +84,10 @@ def fisher_diagonal(
     return {name: total / done for name, total in sums.items()}
 
 
-def importance(fisher: dict[str, Tensor], damping: float = 0.1) -> dict[str, Tensor]:
+DAMPING = 1.0
+
+
+def importance(fisher: dict[str, Tensor], damping: float = DAMPING) -> dict[str, Tensor]:
     """The Fisher diagonal as `sample_weight` of `quantize_`: fisher + damping * its mean over the weight.
 
     The damping stands for what the batches did not show, such as rows of tokens that did not occur. Names and shapes stay.

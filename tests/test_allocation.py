@@ -174,6 +174,22 @@ def test_given_bits_stay_and_count():
     assert model_size(model).bits_per_weight <= 4.5
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "distortion", "fisher", "hessian"])
+def test_one_bit_is_given_only_where_two_do_not_fit(allocation):
+    for budget, fewest in ((2.6, 2), (1.9, 1)):
+        model = _wide_model()
+        names = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding)) and name != "classifier"]
+        # Importance that all but vanishes in every other module asks for as few bits as there are.
+        ones = {name: torch.full_like(model.get_submodule(name).weight, 1e-9 if i % 2 else 1.0) for i, name in enumerate(names)}
+        extra = {
+            "fisher": {"sample_weight": ones},
+            "hessian": {"eigenvalues": {name: 1e-9 if i % 2 else 1.0 for i, name in enumerate(names)}},
+        }.get(allocation, {})
+        kmq.quantize_(model, kmq.KMQConfig(allocation=allocation, bits_per_weight=budget), **extra)
+        assert min(m.bits for m in model.modules() if isinstance(m, CodebookModule)) == fewest
+        assert model_size(model).bits_per_weight <= budget
+
+
 def test_without_a_budget_it_is_the_size_of_uniform_bits():
     uniform, model = _wide_model(), _wide_model()
     kmq.quantize_(uniform, kmq.KMQConfig(bits=3))
