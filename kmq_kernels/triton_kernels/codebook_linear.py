@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 # shared memory for a thread block.
 _LITTLE_SHARED = {16: Tile(64, 16, 4, 3, 2), 32: Tile(64, 32, 4, 3, 2), 128: Tile(64, 64, 4, 2, 1)}
 PLANS: dict[tuple[int, int], dict[int, Tile]] = {
-    (8, 0): {16: Tile(64, 16, 4, 4, 2), 32: Tile(64, 32, 4, 4, 2), 64: Tile(64, 64, 4, 3, 1), 256: Tile(128, 128, 8, 3, 1)},
+    (8, 0): {16: Tile(64, 16, 4, 3, 2), 32: Tile(64, 32, 4, 4, 2), 64: Tile(64, 64, 4, 3, 1), 256: Tile(128, 128, 8, 3, 1)},
     (8, 6): _LITTLE_SHARED,
     (9, 0): {16: Tile(64, 16, 4, 5, 2), 32: Tile(64, 32, 4, 4, 2), 64: Tile(64, 64, 4, 4, 1), 512: Tile(128, 128, 8, 3, 1)},
     (12, 0): _LITTLE_SHARED,

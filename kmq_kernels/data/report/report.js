@@ -13,6 +13,10 @@ function element(name, attributes, text) {
   return node;
 }
 
+function bitsOf(entry) {
+  return entry.bits === 1 ? "1 bit" : `${entry.bits} bits`;
+}
+
 function rampAt(share) {
   const place = Math.min(Math.max(share, 0), 1) * (RAMP.length - 1);
   const low = Math.min(Math.floor(place), RAMP.length - 2);
@@ -62,7 +66,7 @@ function drawMap(task, number, state) {
     button.type = "button";
     button.textContent = entry.bits;
     Object.assign(button.style, shade(entry.error));
-    const text = `${name}: ${entry.bits} bits, error ${percent(entry.error)}`;
+    const text = `${name}: ${bitsOf(entry)}, error ${percent(entry.error)}`;
     button.title = text;
     button.setAttribute("aria-label", text);
     button.setAttribute("aria-pressed", String(name === state.tensor.value));
@@ -161,7 +165,7 @@ function drawHistogram(task, number, state) {
   box.replaceChildren(svg);
   const books = entry.codebooks > 1 ? `${entry.codebooks} codebooks, the first one is drawn` : "one codebook";
   const more = (entry.outliers ? `, ${entry.outliers} values kept exactly` : "") + (entry.scaled ? ", rows scaled (codebook not drawn)" : "");
-  facts.textContent = `${name}: ${weights.shape.join(" x ")}, ${entry.bits} bits, ${books}${more}; `
+  facts.textContent = `${name}: ${weights.shape.join(" x ")}, ${bitsOf(entry)}, ${books}${more}; `
     + `${entry.bytes.toLocaleString("en")} bytes; error ${percent(entry.error)} of the variance.`;
 }
 
