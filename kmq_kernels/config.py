@@ -60,8 +60,8 @@ class KMQConfig(QuantizationConfigMixin):
         for modules with larger Hessian eigenvalues.
     allocation: bits of each module: "uniform" (the largest `bits` for all that the budget allows), or chosen to meet a budget:
         "distortion" (least squared error), "fisher" (least error weighted with the Fisher diagonal, which then weighs the
-        clustering, too), "hessian" (more bits to larger eigenvalues). Modules in `module_bits` keep the bits given there.
-        After quantization the choice stands in `module_bits`.
+        clustering, too), "hessian" (more bits to larger eigenvalues). A module gets 1 bit only where the budget has no room for
+        2 bits in every one. Modules in `module_bits` keep the bits given there. After quantization the choice stands there, too.
     bits_per_weight, size: the budget, at most one of them: bits per weight of the model or bytes of its weight file, with
         codebooks and everything left in floating point. Default: the size that `bits` for all would have.
     weighting: "fisher" weighs each value in the clustering with its entry of the Fisher diagonal, see `sensitivity`.

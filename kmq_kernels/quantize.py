@@ -348,7 +348,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
     if new and getattr(config, "quantization_config", None) is not None:
         del cast(Any, config).quantization_config
         model.hf_quantizer = None  # type: ignore[assignment]  # a class attribute of PreTrainedModel
-        model.is_quantized = False  # type: ignore[assignment]  # likewise
+        model.is_quantized = False  # type: ignore[assignment]  # a class attribute, too
     return model
 
 
