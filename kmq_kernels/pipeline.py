@@ -288,7 +288,24 @@ def load_for_task(path: str, task: Task, seed: int) -> tuple[Any, Any]:
     for key, *_ in loading["mismatched_keys"]:
         if not any(name_matches(head, key.rpartition(".")[0]) for head in HEADS):
             raise CheckpointError(f"{path}: {key} does not have the shape that its config.json asks for")
+    _renew_wrong_shapes(model, path)
     return model, AutoTokenizer.from_pretrained(path)
+
+
+def _renew_wrong_shapes(model: Any, path: str) -> None:
+    """Makes a classification layer that does not fit the config anew: before transformers 5.23 its own check leaves out
+    quantized models, whose other tensors then come in the shape of the file."""
+    with torch.device("meta"):
+        expected = dict(type(model)(model.config).named_parameters())
+    for name, parameter in list(model.named_parameters()):
+        if name not in expected or parameter.shape == expected[name].shape:
+            continue
+        module_name, _, attribute = name.rpartition(".")
+        if not any(name_matches(head, module_name) for head in HEADS):
+            raise CheckpointError(f"{path}: {name} does not have the shape that its config.json asks for")
+        module = model.get_submodule(module_name)
+        setattr(module, attribute, nn.Parameter(torch.empty(expected[name].shape, dtype=parameter.dtype)))
+        model._init_weights(module)
 
 
 def _require_weights(path: Path) -> None:

@@ -46,6 +46,29 @@ def bitonic_sort(x, begin, SIZE: tl.constexpr):
 
 
 @triton.jit
+def merge_blocks(item_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Merges sorted blocks, ascending and descending in turn, into SIZE sorted items; in memory where a stride leaves a block."""
+    run = BLOCK * 2
+    while run <= SIZE:
+        stride = run // 2
+        while stride >= BLOCK:
+            tl.debug_barrier()
+            for start in range(0, SIZE // 2, CHUNK):
+                pair = start + tl.arange(0, CHUNK)
+                at = 2 * pair - (pair & (stride - 1))
+                one, two = tl.load(item_ptr + at), tl.load(item_ptr + at + stride)
+                rising = (at & run) == 0
+                tl.store(item_ptr + at, tl.where(rising, tl.minimum(one, two), tl.maximum(one, two)))
+                tl.store(item_ptr + at + stride, tl.where(rising, tl.maximum(one, two), tl.minimum(one, two)))
+            stride = stride // 2
+        tl.debug_barrier()
+        for begin in range(0, SIZE, BLOCK):  # the stride is now half a block
+            at = begin + tl.arange(0, BLOCK)
+            tl.store(item_ptr + at, _merge(tl.load(item_ptr + at), begin, run, stride, BLOCK))
+        run = run * 2
+
+
+@triton.jit
 def _item(item_ptr, at, n, WEIGHTED: tl.constexpr):
     """Value and weight (fp64) of sorted items; weight 0 beyond the end."""
     here = at < n
@@ -103,24 +126,8 @@ def rows_kernel(
             # The values and, below them, their weights; what is not used goes to the end.
             item = tl.where(used, (sort_key(x) << 31) | bits, 0x7FFFFFFFFFFFFFFF)
             tl.store(item_ptr + at, bitonic_sort(item, begin, BLOCK))
-        run = BLOCK * 2
-        while run <= SIZE:
-            stride = run // 2
-            while stride >= BLOCK:
-                tl.debug_barrier()
-                for start in range(0, SIZE // 2, CHUNK):
-                    pair = start + tl.arange(0, CHUNK)
-                    at = 2 * pair - (pair & (stride - 1))
-                    one, two = tl.load(item_ptr + at), tl.load(item_ptr + at + stride)
-                    rising = (at & run) == 0
-                    tl.store(item_ptr + at, tl.where(rising, tl.minimum(one, two), tl.maximum(one, two)))
-                    tl.store(item_ptr + at + stride, tl.where(rising, tl.maximum(one, two), tl.minimum(one, two)))
-                stride = stride // 2
-            tl.debug_barrier()
-            for begin in range(0, SIZE, BLOCK):  # the stride is now half a block
-                at = begin + i
-                tl.store(item_ptr + at, _merge(tl.load(item_ptr + at), begin, run, stride, BLOCK))
-            run = run * 2
+        if SIZE > BLOCK:  # Triton 3.6 cannot compile the dead loops of a single block
+            merge_blocks(item_ptr, SIZE, BLOCK, CHUNK)
         tl.debug_barrier()
         if (n == 0) & (status == 0):
             status |= WEIGHTS_ZERO
