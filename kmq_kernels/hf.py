@@ -1,20 +1,22 @@
-"""The transformers integration: from_pretrained quantizes while loading and reloads packed checkpoints; kmq.load checks first."""
+"""The transformers integration: from_pretrained quantizes while loading and reloads packed checkpoints; kmq.load checks first.
+
+transformers' registry of quantizers imports all of them and what they stand on (half a second or more, 57 MB), which most
+commands never use. So importing this package puts KMQQuantizer there only when somebody imports the registry, as
+from_pretrained does.
+"""
 
 from __future__ import annotations
 
+import importlib.abc
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import torch
 import transformers
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
-from .config import QUANT_METHOD, KMQConfig
-from .modules import CodebookModule
-from .quantize import dequantize_, quantize_, swap_empty
-from .tensor_files import CheckpointError, read_header, stored_tensors, weight_files
-
-register_quantization_config(QUANT_METHOD)(KMQConfig)
+from .tensor_files import CheckpointError, stored_tensors, weight_files
 
 MODEL_CARD = """\
 ---
@@ -34,68 +36,36 @@ model = kmq.load("path/to/this/folder")
 ```
 """
 
-
-@register_quantizer(QUANT_METHOD)
-class KMQQuantizer(HfQuantizer):
-    """Hooks of from_pretrained: swap modules before a packed checkpoint is loaded, cluster after a plain one is."""
-
-    quantization_config: KMQConfig
-
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if self.pre_quantized:
-            modules = swap_empty(model, self.quantization_config)
-            if files := kwargs.get("checkpoint_files"):
-                _check_tensors(modules, [Path(file) for file in files], model.base_model_prefix)
-        return model
-
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if not self.pre_quantized:
-            self.quantization_config = quantize_(model, self.quantization_config)
-        return model
-
-    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return dequantize_(model).to(dtype or model.dtype)
-
-    def is_serializable(self, **kwargs: Any) -> bool:
-        """A packed model is saved as it is."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Codebooks, biases and all that is not quantized train."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Trainer asks for this one, too."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """The ops have fakes; a quantized module compiles without a graph break."""
-        return True
+_REGISTRY = "transformers.quantizers.auto"
 
 
-def _check_tensors(modules: dict[str, CodebookModule], files: list[Path], prefix: str) -> None:
-    """Every stored part of a quantized weight is in the checkpoint, in the right shape: none would be left random."""
-    if any(file.suffix != ".safetensors" for file in files):
-        raise CheckpointError(f"{files[0]}: a quantized checkpoint is read from safetensors only")
-    shapes = {name: tensor.shape for file in files for name, tensor in read_header(file).items()}
-    expected: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
-    for name, module in modules.items():  # tied modules: one name in the file is enough
-        for parameter, tensor in module.stored().items():
-            expected.setdefault(id(tensor), []).append((f"{name}.{parameter}", tuple(tensor.shape)))
-    for names in expected.values():
-        for name, shape in names:
-            candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-            found = next((shapes[key] for key in candidates if key in shapes), None)
-            if found is not None and found != shape:
-                raise CheckpointError(f"{files[0].parent}: {name} has shape {found}, the configuration asks for {shape}")
-            if found is not None:
-                break
-        else:
-            raise CheckpointError(f"{files[0].parent}: {names[0][0]} is missing from the checkpoint")
+class _Registration(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the registry where everybody else does, and registers KMQQuantizer as soon as it is loaded."""
+
+    _loader: Any  # the registry's own
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != _REGISTRY:
+            return None
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in others if spec is not None), None)
+        if spec is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _register()
+        sys.meta_path.remove(self)
+
+
+def _register() -> None:
+    from . import hf_quantizer  # noqa: F401  # it registers itself
 
 
 def checkpoint_files(path: Path) -> list[Path]:
@@ -118,3 +88,9 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     if model_class is None:
         raise CheckpointError(f"{path}: transformers has no model class {names[0]}")
     return model_class.from_pretrained(path, **kwargs)
+
+
+if _REGISTRY in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _Registration())

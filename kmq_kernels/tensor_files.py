@@ -57,6 +57,11 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used, with the reason in one sentence."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, for use in a sentence."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 class StoredTensor(NamedTuple):
     """A tensor in a file: `begin` counts from the first byte of the file."""
 
