@@ -3,9 +3,11 @@
     python benchmarks/bench_checkpoint.py --folder /big/disk --gb 1 --gb 3 --gb 6 --gb 12
 
 For each size a checkpoint of fp32 encoder layers in 20 files is generated as a stream (weights normal, fixed seed), then, with
-nothing of it in the page cache: the files are read once (before and after the command), the clustering engine runs on tensors
-in memory, and the command runs in a process of its own. The share is the speed of the command over that of the slower of disk
-(the mean of both) and clustering.
+nothing of it in the page cache: the files are read once (before and after each run), the clustering engine runs on tensors in
+memory, and the command runs in a process of its own. The share is the speed of a run, without the start-up of the process, over
+that of the slower of disk (the mean of the two readings around it) and clustering. The readings wait as long after the page
+cache was emptied as the run does, which starts up meanwhile: a virtual machine gives free memory back to its host, and getting it
+again for the page cache can take longer than the disk does. `--at-once` reads without that wait: a faster disk to compare with.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +28,7 @@ from kmq_kernels.clustering import cluster_matrices
 from kmq_kernels.tensor_files import header_bytes
 
 HIDDEN, INTERMEDIATE, VOCABULARY, FILES = 2560, 10240, 30522, 20
+START_UP = 4.0  # seconds from emptying the page cache until the command reads
 
 
 def generate(folder, gigabytes):
@@ -66,9 +70,10 @@ def forget(folder):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def disk_rate(folder):
+def disk_rate(folder, wait):
     """Bytes a second of reading all files once, one after the other, with the kernel's own read-ahead."""
     forget(folder)
+    time.sleep(wait)
     buffer, total, begin = bytearray(8 << 20), 0, time.perf_counter()
     for path in sorted(folder.glob("*.safetensors")):
         with open(path, "rb", buffering=0) as file:
@@ -100,30 +105,39 @@ def others(since=None):
     return now if since is None else (now[0] - since[0]) / (now[1] - since[1])
 
 
-def measure(folder, out, bits):
-    """One row of the table."""
+def run(folder, out, bits):
+    """Seconds of the command in a process of its own, start-up and all, and its summary."""
     shutil.rmtree(out, ignore_errors=True)
-    start = others()
-    disk, clustering = disk_rate(folder), cluster_rate(bits)
+    forget(folder)
     command = [sys.executable, "-m", "kmq_kernels.cli", "quantize", str(folder), "-o", str(out), "--bits", str(bits), "--json"]
     begin = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - begin
     if done.returncode != 0:
         sys.exit(done.stderr)
-    summary = json.loads(done.stdout)
-    again = disk_rate(folder)
+    return seconds, json.loads(done.stdout)
+
+
+def measure(folder, out, bits, repeat, wait):
+    """One row of the table: `repeat` runs, each between two readings of the disk."""
+    since, clustering = others(), cluster_rate(bits)
+    disk, runs, shares = [disk_rate(folder, wait)], [], []
+    for _ in range(repeat):
+        runs.append(run(folder, out, bits))
+        disk.append(disk_rate(folder, wait))
+        summary = runs[-1][1]
+        shares.append(summary["bytes_before"] / summary["times"]["total"] / min(sum(disk[-2:]) / 2, clustering))
     subprocess.run([sys.executable, "-m", "kmq_kernels.cli", "verify", str(out)], check=True, capture_output=True)
     shutil.rmtree(out)
     return {
-        "others": others(start),
-        "bytes": summary["bytes_before"],
-        "disk": (disk, again),
+        "bytes": runs[0][1]["bytes_before"],
+        "disk": disk,
         "clustering": clustering,
-        "seconds": summary["times"]["total"],
-        "command": seconds,
-        "times": summary["times"],
-        "peak": summary["peak_bytes"],
+        "shares": shares,
+        "command": statistics.median(seconds for seconds, _ in runs),
+        "times": {key: statistics.median(s["times"][key] for _, s in runs) for key in runs[0][1]["times"]},
+        "peak": max(summary["peak_bytes"] for _, summary in runs),
+        "others": others(since),
     }
 
 
@@ -132,6 +146,8 @@ def main():
     parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are generated, removed after use")
     parser.add_argument("--gb", type=float, action="append", help="size; may be repeated; default 1")
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each size")
+    parser.add_argument("--at-once", action="store_true", help="read the disk at once after its cache was emptied")
     parser.add_argument("--generate", action="store_true", help="only generate")
     parser.add_argument("--keep", action="store_true", help="keep what was generated")
     options = parser.parse_args()
@@ -142,13 +158,13 @@ def main():
             generate(folder, gigabytes)
         if options.generate:
             continue
-        row = measure(folder, options.folder / "out", options.bits)
-        slower = min(sum(row["disk"]) / 2, row["clustering"])
-        rate = row["bytes"] / row["seconds"]
+        row = measure(folder, options.folder / "out", options.bits, options.repeat, 0 if options.at_once else START_UP)
+        seconds, disk = row["times"]["total"], ", ".join(f"{rate / 1e6:.0f}" for rate in row["disk"])
+        shares = f"{statistics.median(row['shares']):.2f} ({min(row['shares']):.2f} to {max(row['shares']):.2f})"
         print(
-            f"{row['bytes'] / 1e9:6.2f} GB  {row['seconds']:6.2f} s ({row['command']:.2f} with start-up)  {rate / 1e6:6.0f} MB/s"
-            f"  disk alone {row['disk'][0] / 1e6:.0f}, {row['disk'][1] / 1e6:.0f}  clustering alone {row['clustering'] / 1e6:.0f}"
-            f"  share {rate / slower:.2f}  peak {row['peak'] / 1e6:.0f} MB",
+            f"{row['bytes'] / 1e9:6.2f} GB  {seconds:6.2f} s ({row['command']:.2f} with start-up)"
+            f"  {row['bytes'] / seconds / 1e6:6.0f} MB/s  disk alone {disk}  clustering alone {row['clustering'] / 1e6:.0f}"
+            f"  share {shares}  peak {row['peak'] / 1e6:.0f} MB",
             flush=True,
         )
         times = ", ".join(f"{name} {value:.2f}" for name, value in row["times"].items())

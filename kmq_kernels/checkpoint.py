@@ -1,8 +1,7 @@
 """Checkpoints of any size, quantized as a stream: safetensors in, safetensors out, one tensor in memory at a time.
 
-Each shard of the output (see checkpoint_plan.py) is made from the tensors it needs: mapped, clustered, written. While one
-tensor is clustered, a thread reads the next into the page cache and another writes the one before. An unfinished output folder
-holds, beside the shards that are complete,
+Each shard of the output (see checkpoint_plan.py) is made from the tensors it needs (see checkpoint_stream.py): mapped, clustered,
+written. An unfinished output folder holds, beside the shards that are complete,
 
     OUT/.kmq/request.json        what was asked for; another request on the same folder is refused
     OUT/.kmq/*.partial           files being written; they are synced, then get their name
@@ -16,238 +15,46 @@ are the same for any number of ranks.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import fcntl
 import hashlib
 import json
 import math
-import mmap
 import os
 import resource
-import secrets
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import ops
 from .checkpoint_plan import Shard, StreamPlan, Unit
-from .config import KMQConfig
-from .encoding import encode_weights
+from .checkpoint_stream import STATE, OutputError, Stream, Times, file_record, output_errors, sync_folder, write_file
 from .hf import MODEL_CARD
 from .ranks import Ranks
 from .tensor_files import (
     INDEX,
     OTHER_WEIGHTS,
     CheckpointError,
-    StoredTensor,
     files_below,
-    header_bytes,
     open_regular,
     read_json,
     stored_tensors,
 )
 
 MANIFEST = "kmq_manifest.json"
-STATE = ".kmq"
-OUTPUT_FAILED = 3  # exit code: the output could not be written; the same command goes on
 DAMAGED = 5  # exit code: files do not match their checksums
-
-_BATCH_BYTES = 64 << 20  # small tensors are clustered together, so that every thread has work
-_PENDING_BYTES = 32 << 20  # what may wait to be written while the largest batch is clustered; beside smaller ones, more
-_AHEAD_BYTES = 256 << 20  # what is read before it is needed
-_READ_BYTES = 2 << 20  # a request of the reading thread; the kernel's read-ahead keeps more of them in flight
-_CHUNK = 8 << 20
-_MADV_POPULATE_READ = 22
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-T = TypeVar("T")
-
-
-class OutputError(OSError):
-    """The output folder cannot be written; what is finished is kept."""
-
-    exit_code = OUTPUT_FAILED
 
 
 class DamagedError(CheckpointError):
     """Files that do not match their checksums."""
 
     exit_code = DAMAGED
-
-
-# Reading
-
-
-def _read_ahead(tensors: list[StoredTensor]) -> None:
-    """Reads tensors into the page cache, where `_read` finds them; what cannot be read is for `_read` to report.
-
-    Read, not only asked for: POSIX_FADV_WILLNEED fills the cache with single pages, which takes more time than the disk does.
-    """
-    buffer = memoryview(bytearray(_READ_BYTES))
-    for tensor in tensors:
-        with contextlib.suppress(OSError, CheckpointError), open_regular(tensor.file) as file:
-            at, end = tensor.begin, tensor.begin + tensor.nbytes
-            while at < end and (count := os.preadv(file.fileno(), [buffer[: end - at]], at)):
-                at += count
-
-
-def _read(tensor: StoredTensor) -> Tensor:
-    """The tensor, mapped and present; the mapping goes with the last tensor that uses it.
-
-    Raises CheckpointError where the disk or the file does not give it.
-    """
-    if tensor.nbytes == 0:
-        return torch.empty(tensor.shape, dtype=tensor.torch_dtype)
-    shift = tensor.begin % mmap.ALLOCATIONGRANULARITY
-    try:
-        with open_regular(tensor.file) as file:
-            if os.fstat(file.fileno()).st_size < tensor.begin + tensor.nbytes:
-                raise OSError(0, "the file was cut short")
-            mapped = mmap.mmap(
-                file.fileno(),
-                shift + tensor.nbytes,
-                flags=mmap.MAP_PRIVATE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,  # torch takes no read-only memory; pages stay shared until written
-                offset=tensor.begin - shift,
-            )
-        flat = torch.frombuffer(mapped, dtype=torch.uint8, count=tensor.nbytes, offset=shift)
-        _populate(flat.data_ptr() - shift, shift + tensor.nbytes)
-    except OSError as error:
-        raise CheckpointError(f"{tensor.file}: {tensor.name} cannot be read: {error.strerror}") from None
-    if flat.data_ptr() % tensor.torch_dtype.itemsize:
-        flat = flat.clone()
-    return flat.view(tensor.torch_dtype).view(tensor.shape)
-
-
-def _populate(address: int, count: int) -> None:
-    """Brings a mapping into memory. A disk that fails gives an error here, where touching the pages would end the process."""
-    for at in range(0, count, _CHUNK):
-        if _libc.madvise(address + at, min(_CHUNK, count - at), _MADV_POPULATE_READ) != 0:
-            code = ctypes.get_errno()
-            if code == 22:  # EINVAL: a kernel older than 5.14; the pages come when they are touched
-                return
-            raise OSError(code, os.strerror(code))
-
-
-# Writing
-
-
-@contextlib.contextmanager
-def _output_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        kept = "; finished shards are kept, the same command goes on from there"
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}{kept}") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, content: bytes | Iterable[bytes], scratch: Path) -> None:
-    """A file that is complete when it has its name: written in the folder `scratch`, synced, renamed."""
-    partial = scratch / f"{path.name}.{secrets.token_hex(4)}.partial"
-    with open(partial, "wb") as file:
-        for part in [content] if isinstance(content, bytes) else content:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync_folder(path.parent)
-
-
-def _sha256(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    digest, size = hashlib.sha256(), 0
-    buffer = bytearray(1 << 20)
-    with open_regular(path) as file:
-        while count := file.readinto(buffer):  # type: ignore[attr-defined]
-            digest.update(memoryview(buffer)[:count])
-            size += count
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-class _ShardFile:
-    """A shard while it is written. All calls come from one thread."""
-
-    def __init__(self, out: Path, shard: Shard) -> None:
-        self.out, self.shard = out, shard
-        # A name of its own: a rank of a job that is thought dead may still write.
-        self._path = out / STATE / f"{shard.name}.{secrets.token_hex(4)}.partial"
-        start, self._at = header_bytes(shard.tensors)
-        self._missing = {name for name, *_ in shard.tensors}
-        with _output_errors(self._path):
-            self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115  # closed by finish or discard
-            try:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self._file.fileno(), 0, len(start) + shard.nbytes)  # a disk too small says so now
-                self._write(start, 0)
-            except OSError:
-                self.discard()
-                raise
-
-    def _write(self, data: Any, at: int) -> None:
-        view = memoryview(data)
-        with _output_errors(self._path):
-            while len(view):
-                done = os.pwrite(self._file.fileno(), view[: 64 << 20], at)
-                view, at = view[done:], at + done
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        """One tensor of the shard."""
-        if tensor.numel():
-            self._write(tensor.contiguous().view(-1).view(torch.uint8).numpy(), self._at[name])
-        self._missing.remove(name)
-
-    def finish(self) -> None:
-        """Notes size and checksum, then gives the shard its name; one that lacks a tensor is discarded."""
-        if self._missing:
-            self.discard()
-            return
-        with _output_errors(self._path):
-            os.fsync(self._file.fileno())
-            self._file.close()
-            record = _sha256(self._path)
-            write_file(self.out / STATE / f"{self.shard.name}.json", json.dumps(record).encode(), self.out / STATE)
-            os.replace(self._path, self.out / self.shard.name)
-            _sync_folder(self.out)
-
-    def discard(self) -> None:
-        """Removes an unfinished shard, so that it takes no space."""
-        self._file.close()
-        with contextlib.suppress(OSError):
-            self._path.unlink()
-
-
-def _put(file: Future[_ShardFile], results: list[tuple[str, Tensor]]) -> None:
-    for name, tensor in results:
-        file.result().put(name, tensor)
-
-
-def _finish(file: Future[_ShardFile]) -> None:
-    file.result().finish()
-
-
-def _discard(file: Future[_ShardFile]) -> None:
-    file.result().discard()
-
-
-# The stream
 
 
 @dataclasses.dataclass
@@ -259,16 +66,6 @@ class Progress:
     resumed: int = 0  # part of `done` that an earlier run did
     tensor: str = ""
     shard: str = ""
-
-
-@dataclasses.dataclass
-class Times:
-    """Seconds: waiting for the disk to read, clustering, and in the thread that writes; `total` on the clock."""
-
-    read: float = 0.0
-    cluster: float = 0.0
-    write: float = 0.0
-    total: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,108 +89,6 @@ class Summary:
     def bits_per_weight(self) -> float:
         """Bits of the output for each weight of the model."""
         return 8 * self.bytes_after / max(self.weights, 1)
-
-
-def _batches(units: Iterable[Unit]) -> Iterator[list[Unit]]:
-    """Units that are read and clustered together, in the order in which they stand on the disk."""
-    batch: list[Unit] = []
-    size = 0
-    for unit in sorted(units, key=lambda unit: (str(unit.source.file), unit.source.begin)):
-        if batch and size + unit.source.nbytes > _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(unit)
-        size += unit.source.nbytes
-    if batch:
-        yield batch
-
-
-class _Stream:
-    """Makes shards: one thread reads ahead, the main thread maps and clusters, one thread writes."""
-
-    def __init__(self, out: Path, config: KMQConfig, device: str, on_batch: Callable[[Shard, list[Unit]], None]) -> None:
-        self.out, self.config, self.device, self._on_batch = out, config, device, on_batch
-        self.times = Times()
-        self._pending: list[tuple[Future[Any], int]] = []  # writes, and the bytes each keeps in memory
-
-    def run(self, shards: list[Shard]) -> None:
-        """Makes the shards one after the other."""
-        work = [(shard, batch) for shard in shards for batch in _batches(shard.units)]
-        sizes = [sum(unit.source.nbytes for unit in batch) for _, batch in work]
-        results = [sum(unit.nbytes for unit in batch) for _, batch in work]
-        most = max((size + result for size, result in zip(sizes, results, strict=True)), default=0) + _PENDING_BYTES
-        coming = 0  # bytes that are read or being read, and not clustered yet
-        ready: list[Future[None]] = []
-        file: Future[_ShardFile] | None = None
-        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as reader:
-            try:
-                for i, (shard, batch) in enumerate(work):
-                    while len(ready) < len(work) and (len(ready) <= i + 1 or coming < _AHEAD_BYTES):
-                        coming += sizes[len(ready)]
-                        ready.append(reader.submit(_read_ahead, [unit.source for unit in work[len(ready)][1]]))
-                    file = file or self._later(writer, 0, _ShardFile, self.out, shard)
-                    self._wait(most - sizes[i] - results[i])
-                    self._later(writer, results[i], _put, file, self._cluster(batch, ready[i]))
-                    coming -= sizes[i]
-                    if i + 1 == len(work) or work[i + 1][0] is not shard:
-                        self._later(writer, 0, _finish, file)
-                        file = None
-                    self._on_batch(shard, batch)
-                self._wait(-1)
-            except BaseException:
-                reader.shutdown(cancel_futures=True)
-                if file is not None:
-                    writer.submit(_discard, file)
-                raise
-
-    def _later(self, writer: ThreadPoolExecutor, size: int, task: Callable[..., T], *args: Any) -> Future[T]:
-        """Has the writing thread do a task, which keeps `size` bytes in memory until then."""
-
-        def timed(*args: Any) -> T:
-            start = time.perf_counter()
-            try:
-                return task(*args)
-            finally:
-                self.times.write += time.perf_counter() - start
-
-        future = writer.submit(timed, *args)
-        self._pending.append((future, size))
-        return future
-
-    def _wait(self, most: int) -> None:
-        """Until the pending writes keep at most so many bytes; raises what a write raised."""
-        while self._pending and (self._pending[0][0].done() or sum(size for _, size in self._pending) > most):
-            self._pending.pop(0)[0].result()
-
-    def _cluster(self, batch: list[Unit], ready: Future[None]) -> list[tuple[str, Tensor]]:
-        start = time.perf_counter()
-        ready.result()
-        tensors = [_read(unit.source) for unit in batch]
-        read = time.perf_counter()
-        results: list[tuple[str, Tensor]] = []
-        chosen: list[tuple[Unit, Tensor]] = []
-        for unit, tensor in zip(batch, tensors, strict=True):
-            if unit.bits is not None:
-                chosen.append((unit, tensor.to(unit.dtype)))
-            else:  # a copy: the mapping would have the thread that writes wait for the disk again
-                results.append((unit.outputs[0].name, tensor.to(unit.dtype, copy=True)))
-        if chosen:
-            encoded = encode_weights(
-                [tensor.to(self.device) for _, tensor in chosen],
-                [unit.bits or 0 for unit, _ in chosen],
-                self.config,
-                names=[unit.name for unit, _ in chosen],
-            )
-            for (unit, _), result in zip(chosen, encoded, strict=True):
-                for output in unit.outputs:
-                    part = getattr(result, output.name.rpartition(".")[2])
-                    results.append((output.name, part.to(output.dtype).cpu()))
-        self.times.read += read - start
-        self.times.cluster += time.perf_counter() - read
-        return results
-
-
-# The run
 
 
 def choose_device(asked: str, ranks: Ranks) -> str:
@@ -442,9 +137,9 @@ def quantize_checkpoint(
             if on_progress is not None and ranks.rank == 0:
                 on_progress(progress)
 
-        stream = _Stream(out, plan.config, device, on_batch)
+        stream = Stream(out, plan, device, on_batch)
         if todo:
-            with _output_errors(out):
+            with output_errors(out):
                 stream.run(mine)
             ranks.gather(None)
         _check_output(plan, out, ranks)
@@ -503,7 +198,7 @@ def _prepare(stack: contextlib.ExitStack, plan: StreamPlan, out: Path, wanted: d
             return None
     elif not state.is_dir() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: it exists and is no unfinished output; choose another folder or remove it")
-    with _output_errors(out):
+    with output_errors(out):
         state.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context((state / "lock").open("wb"))
         try:
@@ -575,7 +270,7 @@ def _checked(out: Path, files: dict[str, dict[str, Any]]) -> list[str]:
         with open_regular(path) as file, contextlib.suppress(OSError, AttributeError):
             # What this process has just written is in the page cache; what counts is on the disk.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        found = _sha256(path)
+        found = file_record(path)
         if found["bytes"] != files[name]["bytes"]:
             return f"{name} has {found['bytes']} bytes, not {files[name]['bytes']}"
         return None if found == files[name] else f"{name} does not match its checksum"
@@ -600,7 +295,7 @@ def _publish(plan: StreamPlan, out: Path, wanted: dict[str, Any]) -> None:
     """Everything but the shards, config.json after the rest, then the manifest; the state goes last."""
     state = out / STATE
     files: dict[str, dict[str, Any]] = {}
-    with _output_errors(out):
+    with output_errors(out):
         for shard in plan.shards:
             record = _record(out, shard)
             assert record is not None
@@ -609,12 +304,12 @@ def _publish(plan: StreamPlan, out: Path, wanted: dict[str, Any]) -> None:
             target = out / path
             target.parent.mkdir(parents=True, exist_ok=True)
             write_file(target, content, state)
-            files[str(path)] = _sha256(target)
+            files[str(path)] = file_record(target)
         manifest = {"format": 1, "request": wanted, "files": dict(sorted(files.items()))}
         manifest["sha256"] = _own_digest(manifest)
         write_file(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode(), state)
         shutil.rmtree(state)
-        _sync_folder(out)
+        sync_folder(out)
 
 
 def _side_files(plan: StreamPlan) -> Iterator[tuple[Path, bytes | Iterable[bytes]]]:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from . import __version__, ops
-from .config import KMQConfig
+from .config import KMQConfig, name_matches
 from .quantize import plan, swap_empty
 from .tensor_files import (
     DTYPE_NAMES,
@@ -113,13 +113,18 @@ class Shard(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StreamPlan:
-    """Everything about the output but its weights. `left_out`: tensors of the checkpoint that the model class does not have."""
+    """Everything about the output but its weights.
+
+    left_out: tensors of the checkpoint that the model class does not have. unmatched: patterns of the configuration that match no
+    embedding or linear layer.
+    """
 
     source: Path
     model_class: str
     dtype: torch.dtype
     shards: tuple[Shard, ...]
     left_out: tuple[str, ...]
+    unmatched: tuple[str, ...]
     config: KMQConfig  # as asked for
     config_json: str  # of the output, the quantization config resolved
     parameters: int
@@ -236,12 +241,15 @@ def make_plan(
         units.append(Unit(name, tensor, dense[name].dtype, bits, module.group_rows, outputs))
     units.sort(key=lambda unit: _natural(unit.outputs[0].name))
     resolved = dataclasses.replace(config, skip=chosen.left)
+    patterns = [*(config.skip or []), *(config.module_bits or {})]
+    layers = [*chosen.left, *(name for names in chosen.members.values() for name in names)]
     return StreamPlan(
         source=source,
         model_class=type(model).__name__,
         dtype=dtype,
         shards=_shards(units, shard_bytes),
         left_out=tuple(left_out),
+        unmatched=tuple(pattern for pattern in patterns if not any(name_matches(pattern, name) for name in layers)),
         config=config,
         config_json=checkpoint_model.config_json(model, resolved, dtype),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -268,6 +276,4 @@ def _shards(units: list[Unit], shard_bytes: int) -> tuple[Shard, ...]:
     if len(files) == 1:
         return (Shard(WEIGHTS, tuple(units)),)
     stem = WEIGHTS.removesuffix(".safetensors")
-    return tuple(
-        Shard(f"{stem}-{i:05d}-of-{len(files):05d}.safetensors", tuple(members)) for i, members in enumerate(files, 1)
-    )
+    return tuple(Shard(f"{stem}-{i:05d}-of-{len(files):05d}.safetensors", tuple(members)) for i, members in enumerate(files, 1))

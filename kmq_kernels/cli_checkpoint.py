@@ -51,20 +51,25 @@ def quantize(
         bits=bits, scheme=scheme.value, granularity=granularity.value, group_rows=group_rows, preset=preset, skip=skip,
         module_bits=_module_bits(module_bits), outlier_fraction=outlier_fraction, row_scale=row_scale, seed=seed,
     )  # fmt: skip
-    if model == "minilm" and not Path(model).exists():
-        from .pipeline import resolve_model
+    shard_bytes = parse_bytes("shard-size", shard_size)
 
-        model = resolve_model(model)
-    folder, root = checkpoint_plan.find_source(model, revision)
-    options: dict[str, Any] = {"model_class": model_class, "shard_bytes": parse_bytes("shard-size", shard_size), "root": root}
-    plan = checkpoint_plan.in_child(lambda: checkpoint_plan.make_plan(folder, config, **options))
+    def make_plan() -> Any:
+        name = model
+        if name == "minilm" and not Path(name).exists():
+            from .pipeline import resolve_model
+
+            name = resolve_model(name)
+        folder, root = checkpoint_plan.find_source(name, revision)
+        return checkpoint_plan.make_plan(folder, config, model_class=model_class, shard_bytes=shard_bytes, root=root)
+
+    plan = checkpoint_plan.in_child(make_plan)
     if dry_run:
+        _print_notes(plan)
         _print_plan(plan, as_json)
         return
     with ranks.Ranks.of_environment() as job:
         if job.rank == 0:
-            for name in plan.left_out:
-                print(f"kmq: left out: {plan.model_class} has no {name}", file=sys.stderr)
+            _print_notes(plan)
         with _progress() as on_progress:
             summary = checkpoint.quantize_checkpoint(
                 plan, out, device=checkpoint.choose_device(device, job), ranks=job, on_progress=on_progress
@@ -81,6 +86,13 @@ def _module_bits(given: list[str] | None) -> dict[str, int] | None:
             raise ValueError(f"module-bits: expected PATTERN=BITS, got {text!r}")
         found[pattern] = int(bits)
     return found or None
+
+
+def _print_notes(plan: Any) -> None:
+    for name in plan.left_out:
+        print(f"kmq: left out: {plan.model_class} has no {name}", file=sys.stderr)
+    for pattern in plan.unmatched:
+        print(f"kmq: {pattern!r} matches no embedding or linear layer of {plan.model_class}", file=sys.stderr)
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:
@@ -101,15 +113,17 @@ def _print_plan(plan: Any, as_json: bool) -> None:
         facts = {"model_class": plan.model_class, "bytes_before": before, "bytes_after": after, "left_out": plan.left_out}
         print(json.dumps({**facts, "tensors": rows}))
         return
-    table = Table("tensor", "shape", "bits", "bytes before", "after", title=f"{plan.source} as {plan.model_class}")
+    table = Table(title=f"{plan.source} as {plan.model_class}")
+    table.add_column("tensor", overflow="fold")
+    for column in ("shape", "bits", "bytes before", "after"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         kept = "kept" if row["bits"] is None else str(row["bits"])
         shape = "x".join(map(str, row["shape"]))
         table.add_row(row["name"], shape, kept, f"{row['bytes_before']:,}", f"{row['bytes_after']:,}")
     console.print(table)
-    for name in plan.left_out:
-        console.print(f"left out: {plan.model_class} has no {name}")
-    console.print(f"{before:,} bytes, {after:,} after, in {len(plan.shards)} files; nothing was written")
+    files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
+    console.print(f"{before:,} bytes, {after:,} after, in {files}; nothing was written")
 
 
 @contextlib.contextmanager
@@ -149,14 +163,16 @@ def _print_summary(summary: Any, ranks: int, as_json: bool) -> None:
     table.add_row("quantized", f"{summary.quantized_weights:,} weights")
     table.add_row("bytes", f"{summary.bytes_before:,} before, {summary.bytes_after:,} after")
     table.add_row("bits per weight", f"{summary.bits_per_weight:.3f}")
-    table.add_row("files", f"{summary.shards}, {summary.shards_made} of them now by this process")
-    rate = summary.read_bytes / times.total / 1e6
-    table.add_row("seconds", f"{times.total:.1f}: {rate:,.0f} MB/s read")
-    parts = f"waiting to read {times.read:.1f}, clustering {times.cluster:.1f}; writing beside {times.write:.1f}"
-    table.add_row("of them", parts)
+    by = "now" if ranks == 1 else "now by rank 0"
+    table.add_row("files of weights", f"{summary.shards}, {summary.shards_made} of them made {by}")
+    if summary.shards_made:
+        rate = summary.read_bytes / times.total / 1e6
+        table.add_row("seconds", f"{times.total:.1f}: {rate:,.0f} MB/s read")
+        parts = f"waiting to read {times.read:.1f}, clustering {times.cluster:.1f}; writing beside {times.write:.1f}"
+        table.add_row("of them", parts)
     table.add_row("peak memory", f"{summary.peak_bytes / 1e6:,.0f} MB")
     console.print(table)
-    console.print(f"written: {summary.out}")
+    console.print(f"complete, every file checked: {summary.out}")
 
 
 def verify(

@@ -50,7 +50,7 @@ class GradReduction(str, enum.Enum):
     mean = "mean"
 
 
-ModelArg = Annotated[str, typer.Argument(help="Model folder or hub id; 'minilm' is the one in the [demo] extra.")]
+ModelArg = Annotated[str, typer.Argument(help=r"Model folder or hub id; 'minilm' is the one in the \[demo] extra.")]
 OutOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
 TaskOption = Annotated[str | None, typer.Option("--task", help="banking77 or a GLUE name. [default: banking77]")]
 DataDir = Annotated[Path | None, typer.Option(help="Folder with the GLUE task's own files.")]

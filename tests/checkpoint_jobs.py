@@ -21,14 +21,14 @@ import torch
 from checkpoints import content
 
 import kmq_kernels as kmq
-from kmq_kernels import checkpoint, checkpoint_plan
+from kmq_kernels import checkpoint, checkpoint_plan, checkpoint_stream
 from kmq_kernels.ranks import Ranks
 
-# What a run is doing: the first of these functions that is on the stack. Everything else in checkpoint.py is "between".
+# What a run is doing: the first of these functions that is on the stack. Everything else in these modules is "between".
 PHASES = {
     "make_plan": "plan",
     "_prepare": "claim the folder",
-    "_read_ahead": "read ahead",
+    "fetch": "read ahead",
     "_cluster": "cluster",
     "put": "write a shard",
     "finish": "finish a shard",
@@ -36,7 +36,7 @@ PHASES = {
     "_publish": "publish",
 }
 NAMES = [*PHASES.values(), "between"]
-_WATCHED = {checkpoint.__file__, checkpoint_plan.__file__}
+_WATCHED = {checkpoint.__file__, checkpoint_plan.__file__, checkpoint_stream.__file__}
 
 
 class Watch:

@@ -25,6 +25,47 @@ def packed(tmp_path):
     return tmp_path / "packed"
 
 
+ORDERS = {
+    "ours first": "import kmq_kernels",
+    "theirs first": "import transformers.quantizers, kmq_kernels",
+    "the integration first": "import kmq_kernels.hf_quantizer",
+    "pickled": "import torch; assert torch.equal(torch.load(folder + '.pt', weights_only=False)(ids).logits, logits)",
+}
+LOAD = """
+import inspect, json, pickle, sys
+import torch
+ids, logits = torch.load({inputs!r})
+folder = {folder!r}
+{order}
+import kmq_kernels as kmq
+from kmq_kernels import hf
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+assert torch.equal(model(ids).logits, logits)
+from transformers.quantizers import auto
+assert auto.AUTO_QUANTIZER_MAPPING["kmq"] is type(model.hf_quantizer)
+assert "AUTO_QUANTIZER_MAPPING" in inspect.getsource(auto)
+assert not any(isinstance(finder, hf._Registration) for finder in sys.meta_path)
+assert pickle.loads(pickle.dumps(model.hf_quantizer)).quantization_config == model.config.quantization_config
+print(json.dumps("fine"))
+"""
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_order_of_imports(order, packed, ids, tmp_path, run_python):
+    model = kmq.load(packed)
+    torch.save(model, f"{packed}.pt")
+    torch.save((ids, model(ids).logits.detach()), tmp_path / "inputs.pt")
+    code = LOAD.format(inputs=str(tmp_path / "inputs.pt"), folder=str(packed), order=ORDERS[order])
+    assert run_python(code) == "fine"
+
+
+def test_importing_us_imports_no_quantizers_and_no_models(run_python):
+    found = run_python("import json, sys, kmq_kernels.cli, kmq_kernels.checkpoint; print(json.dumps(list(sys.modules)))")
+    heavy = ("transformers.quantizers", "transformers.modeling_utils", "torch._dynamo", "sympy", "accelerate")
+    assert not [name for name in found if name.startswith(heavy)]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_save_and_reload_are_bit_equal(family, ids, tmp_path):
     family_model(family).save_pretrained(tmp_path / "dense")
