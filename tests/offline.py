@@ -58,6 +58,44 @@ class Compiled:
                 found.append([line for address, line in self.sass if int(branch[1], 16) <= address <= at])
         return sorted(found, key=len, reverse=True)
 
+    def executed(self, pattern: str) -> int:
+        """Instructions run from the first to an exit on the shortest way through the block with most matches of a pattern.
+
+        A block is code without a branch or a target of one: the way is that of a program for which all other branches skip what
+        they can.
+        """
+        starts, targets = {0}, {}
+        index = {address: i for i, (address, _) in enumerate(self.sass)}
+        for i, (_, text) in enumerate(self.sass):
+            branch = re.search(r"\bBRA(?:\.\S+)?\s.*?(0x[0-9a-f]+)", text)
+            if branch and int(branch[1], 16) in index:
+                targets[i] = index[int(branch[1], 16)]
+                starts.add(targets[i])
+            if re.search(r"\b(BRA|EXIT)\b", text):
+                starts.add(i + 1)
+        order = sorted(starts - {len(self.sass)})
+        ends = dict(zip(order, [*order[1:], len(self.sass)], strict=True))
+        follow: dict[int, list[int]] = {}
+        for start, end in ends.items():
+            last = self.sass[end - 1][1]
+            follow[start] = [targets[end - 1]] if end - 1 in targets else [len(self.sass)] if "EXIT" in last else []
+            if last.startswith("@") or not re.search(r"\b(BRA|EXIT)\b", last):
+                follow[start].append(end)
+
+        def lengths(start: int) -> dict[int, int]:
+            found, open_ = {start: 0}, [start]
+            while open_:
+                block = open_.pop()
+                for after in follow.get(block, []):
+                    length = found[block] + ends[block] - block
+                    if length < found.get(after, length + 1):
+                        found[after] = length
+                        open_.append(after)
+            return found
+
+        middle = max(order, key=lambda start: sum(bool(re.search(pattern, text)) for _, text in self.sass[start : ends[start]]))
+        return lengths(0)[middle] + lengths(middle)[len(self.sass)]
+
     def innermost_loops(self) -> list[list[str]]:
         """The loops that hold no other loop, the longest first."""
         return [body for body in self.loops() if sum(bool(re.search(r"\bBRA\b", line)) for line in body) == 1]

@@ -80,6 +80,16 @@ def test_centroids_that_are_no_power_of_two(num_centroids, device):
     check(values[0], None, labels[0], centroids[0], inertia[0], 1.002)
 
 
+@pytest.mark.parametrize("value", [0.0, -1e-40, 1e9, 3e38])
+def test_equal_values(value, device):
+    for n in (50, 16_400):
+        ((labels, centroids, inertia, _, _),), faults = solve([torch.full((1, n), value)], [2], [1], device)
+        assert faults == [0]
+        assert (centroids == torch.tensor(value)).all()
+        assert float(inertia) == 0
+        assert not labels.any()
+
+
 def clumped(name, n):
     """Values whose best partition lies far from where the density would put it."""
     generator = torch.Generator().manual_seed(0)
@@ -160,6 +170,35 @@ def test_histogram(name, num_centroids, device):
     check(values[0], None, labels[0], centroids[0], inertia[0], 1.0001 if num_centroids <= 16 else 1.002, optimum)
     if name in ("three_values", "constant"):
         assert float(inertia) == 0
+
+
+ZOOMED = [
+    ("geometric", 4), ("cauchy", 16), ("comb", 16), ("two_scales", 16), ("few_far", 16), ("uneven", 16), ("zipf", 3),
+    ("two_scales", 64), ("zipf", 64), ("zipf", 256),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "num_centroids"),
+    [("lognormal", 4), ("zipf", 16), *(pytest.param(*case, marks=pytest.mark.slow) for case in ZOOMED)],
+)
+def test_clumped_values_in_a_histogram(name, num_centroids, device):
+    """Bins that are too wide for what lies in them are split, in the same launches."""
+    values = clumped(name, 17_001)[None]
+    ((labels, centroids, inertia, _, _),), faults = solve([values], [num_centroids], [1], device)
+    assert faults == [0]
+    optimum = float(kmq.kmeans(values[0], num_centroids, algorithm="exact").inertia)
+    limit = 1.00001 if num_centroids <= 64 else 1.002
+    check(values[0], None, labels[0], centroids[0], inertia[0], limit, optimum)
+
+
+def test_clumped_values_with_weights_in_a_histogram(device):
+    values, weight = clumped("zipf", 17_001)[None], decades(1, 17_001, many=10)
+    values[0, :3] = torch.tensor([1e7, -1e7, 3e7])
+    ((labels, centroids, inertia, _, _),), faults = solve([values], [16], [1], device, [weight])
+    assert faults == [0]
+    optimum = float(kmq.kmeans(values[0], 16, sample_weight=weight[0], algorithm="exact").inertia)
+    check(values[0], weight[0], labels[0], centroids[0], inertia[0], 1.0001, optimum)
 
 
 @pytest.mark.parametrize(("dtype", "num_centroids"), [(torch.float32, 16), (torch.bfloat16, 4)])

@@ -1,7 +1,7 @@
 """Nearest centroids: a descent through the tree of midpoints, written as bytes or as packed bits.
 
 The pivots of a problem lie in the order of a heap: node h has its children at 2h and 2h + 1, the root is node 1, and the K
-leaves are the centroids. So each level is a run of neighbouring words, and the upper three levels sit in registers.
+leaves are the centroids. So each level is a run of neighbouring words, and the upper levels sit in registers.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..packing import BLOCK, row_bytes
 from . import worklist
+from .decode import prmt, select
 from .dequantize import on_device
 from .worklist import ALIGNED, COLS, COUNT, OUT, VALUES, WEIGHT, address, number
 
@@ -22,39 +23,56 @@ BLOCKS = TILE // BLOCK
 
 
 @triton.jit
-def _below(node, pivot, x):
-    """The child of a node of the heap: 2 * node, plus the sign bit of pivot - x, which is 1 where x > pivot.
+def _below(k, pivot, x):
+    """The place in the next level of the heap: 2 * k, plus the sign bit of pivot - x, which is 1 where x > pivot.
 
     The difference has the right sign for every x but NaN; a pivot that is NaN sends all to the left. Shift and sign are one
-    funnel shift of (node, difference).
+    funnel shift of (k, difference).
     """
-    return (node << 1) | ((pivot - x).to(tl.uint32, bitcast=True) >> 31)
+    return (k << 1) | ((pivot - x).to(tl.uint32, bitcast=True) >> 31)
+
+
+@triton.jit
+def _looked_up(table, index):
+    """table[index], of the shape of index."""
+    return tl.gather(table, tl.ravel(index).to(tl.int32), 0).reshape(index.shape)
 
 
 @triton.jit
 def nearest(x, pivots_ptr, LEVELS: tl.constexpr):
-    """The index of the nearest centroid of each x (fp32): bit by bit from the top, x > pivot of the node."""
+    """The index of the nearest centroid of each x (fp32, any shape): bit by bit from the top, x > pivot of the node."""
     p1 = tl.load(pivots_ptr + 1)
     if LEVELS == 1:
         return (x > p1).to(tl.int32)
     else:
         right = x > p1
-        node = tl.where(right, 3, 2).to(tl.uint32)
+        k = right.to(tl.uint32)
         pivot = tl.where(right, tl.load(pivots_ptr + 3), tl.load(pivots_ptr + 2))
-        lower = x > pivot
-        node = (node << 1) | lower.to(tl.uint32)
-        if LEVELS >= 3:
+        if LEVELS == 3:
+            lower = x > pivot
             left = tl.where(right, tl.load(pivots_ptr + 6), tl.load(pivots_ptr + 4))
-            pivot = tl.where(lower, tl.where(right, tl.load(pivots_ptr + 7), tl.load(pivots_ptr + 5)), left)
-            node = _below(node, pivot, x)
-            for _ in tl.static_range(3, LEVELS):
-                node = _below(node, tl.load(pivots_ptr + node), x)
-        return node.to(tl.int32) - (1 << LEVELS)
+            last = tl.where(lower, tl.where(right, tl.load(pivots_ptr + 7), tl.load(pivots_ptr + 5)), left)
+            k = _below(_below(k, pivot, x), last, x)
+        else:
+            k = _below(k, pivot, x)
+        if LEVELS >= 4:  # by way of shared memory, which an index reaches in fewer instructions than global memory
+            pivots = tl.load(pivots_ptr + tl.arange(0, 1 << LEVELS))
+            for level in tl.static_range(2, LEVELS):
+                k = _below(k, _looked_up(pivots, k + (1 << level)), x)
+        return k.to(tl.int32)
+
+
+@triton.jit
+def _offsets(x, k, centroids_ptr, per_unit, K, LEVELS: tl.constexpr):
+    """(x - centroid k) * per_unit, where per_unit is a power of two."""
+    entry = tl.arange(0, 1 << LEVELS)
+    centroids = tl.load(centroids_ptr + entry, mask=entry < K, other=0.0) * per_unit
+    return x * per_unit - _looked_up(centroids, k)
 
 
 @triton.jit
 def label_flat(
-    table_ptr, problem, tile, pivots_ptr, centroids_ptr, per_unit,
+    table_ptr, problem, tile, pivots_ptr, centroids_ptr, per_unit, K,
     DTYPE: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, ERROR: tl.constexpr, WEIGHTED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +95,7 @@ def label_flat(
         tl.store(out_ptr + at, k.to(tl.uint8), mask=inside)
     error = tl.zeros((1,), tl.float64)
     if ERROR:
-        off = (x - tl.load(centroids_ptr + k)) * per_unit
+        off = _offsets(x, k, centroids_ptr, per_unit, K, LEVELS)
         square = off * off
         if WEIGHTED:
             if WHOLE:
@@ -89,8 +107,28 @@ def label_flat(
 
 
 @triton.jit
+def _fields(k):
+    """The 8 tensors (BLOCKS, 16) that k (8, BLOCKS, 16) consists of."""
+    even, odd = tl.split(k.reshape(2, 2, 2, k.shape[1], 16).permute(3, 4, 0, 1, 2))
+    k04, k26 = tl.split(even)
+    k15, k37 = tl.split(odd)
+    k0, k4 = tl.split(k04)
+    k1, k5 = tl.split(k15)
+    k2, k6 = tl.split(k26)
+    k3, k7 = tl.split(k37)
+    return k0, k1, k2, k3, k4, k5, k6, k7
+
+
+@triton.jit
+def _bytes(fields, first: tl.constexpr):
+    """The low bytes of fields first, first + 2, first + 4 and first + 6 as one integer."""
+    low = prmt(fields[first], fields[first + 2], 0x0040)
+    return prmt(low, prmt(fields[first + 4], fields[first + 6], 0x0040), 0x5410)
+
+
+@triton.jit
 def label_packed(
-    table_ptr, problem, tile, pivots_ptr, centroids_ptr, per_unit,
+    table_ptr, problem, tile, pivots_ptr, centroids_ptr, per_unit, K,
     DTYPE: tl.constexpr, LEVELS: tl.constexpr, BLOCKS: tl.constexpr, ERROR: tl.constexpr, WEIGHTED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -104,69 +142,68 @@ def label_packed(
     count, cols = number(table_ptr, problem, COUNT), number(table_ptr, problem, COLS)
     block = tile.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     lane = tl.arange(0, 16)
-    in_row = (cols + 127) // 128
+    col = 16 * tl.arange(0, 8)[:, None, None] + lane[None, None, :]
     if WHOLE:
-        start, left = block * 128, tl.full((BLOCKS,), 128, tl.int64)
-        exists = block >= 0
+        exists, inside = block >= 0, tl.full((8, BLOCKS, 16), True, tl.int1)
+        at = (block * 128)[None, :, None] + col
+        x = tl.load(values_ptr + at, eviction_policy="evict_first").to(tl.float32)
     else:
+        in_row = (cols + 127) // 128
         row = block // in_row
-        start, left = row * cols + block % in_row * 128, cols - block % in_row * 128
         exists = row * cols < count
-    low = tl.zeros((BLOCKS, 16), tl.int32)  # the 4-bit plane, then the 2-bit and the 1-bit plane
-    high = tl.zeros((BLOCKS, 16), tl.int32)
-    two = tl.zeros((BLOCKS, 16), tl.int32)
-    one = tl.zeros((BLOCKS, 16), tl.int32)
-    errors = tl.zeros((BLOCKS, 16), tl.float32)
-    for j in tl.static_range(8):
-        at = start[:, None] + (16 * j + lane)[None, :]
-        if WHOLE:
-            inside = exists[:, None] & (lane >= 0)[None, :]
-            x = tl.load(values_ptr + at, eviction_policy="evict_first").to(tl.float32)
-        else:
-            inside = exists[:, None] & ((16 * j + lane)[None, :] < left[:, None])
-            x = tl.load(values_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        k = nearest(x, pivots_ptr, LEVELS)
-        if ERROR:
-            off = (x - tl.load(centroids_ptr + k)) * per_unit
-            square = off * off
-            if WEIGHTED:
-                if WHOLE:
-                    square *= tl.load(weight_ptr + at, eviction_policy="evict_first")
-                else:
-                    square *= tl.load(weight_ptr + at, mask=inside, other=0.0)
-            if WHOLE:
-                errors += square
-            else:
-                errors += tl.where(inside, square, 0.0)
+        inside = exists[None, :, None] & (col < (cols - block % in_row * 128)[None, :, None])
+        at = (row * cols + block % in_row * 128)[None, :, None] + col
+        x = tl.load(values_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    k = nearest(x, pivots_ptr, LEVELS)
+    error = tl.zeros((1,), tl.float64)
+    if ERROR:
+        off = _offsets(x, k, centroids_ptr, per_unit, K, LEVELS)
         if not WHOLE:
-            k = tl.where(inside, k, 0)
-        if LEVELS >= 4:
-            low |= (k & 15) << (4 * j)
-        if LEVELS == 8:
-            high |= (k >> 4) << (4 * j)
-        if (LEVELS & 2) != 0:
-            two |= ((k >> (LEVELS & 4)) & 3) << (2 * j)
-        if (LEVELS & 1) != 0:
-            one |= (k >> (LEVELS - 1)) << j
+            off = tl.where(inside, off, 0.0)
+        squares = tl.zeros((BLOCKS, 16), tl.float32)
+        offsets = _fields(off)
+        if WEIGHTED:
+            if WHOLE:
+                weights = _fields(tl.load(weight_ptr + at, eviction_policy="evict_first"))
+            else:
+                weights = _fields(tl.load(weight_ptr + at, mask=inside, other=0.0))
+            for j in tl.static_range(8):
+                squares += offsets[j] * offsets[j] * weights[j]
+        else:
+            for j in tl.static_range(8):
+                squares += offsets[j] * offsets[j]
+        error += tl.sum(tl.ravel(squares), 0).to(tl.float64)
+    if not WHOLE:
+        k = tl.where(inside, k, 0)
     to = out_ptr + (block * (16 * LEVELS))[:, None]
     stored = exists[:, None] & (lane >= 0)[None, :]
+    fields = _fields(k)
     if LEVELS >= 4:
         words = to.to(tl.pointer_type(tl.int32)) + lane[None, :]
+        even, odd = _bytes(fields, 0), _bytes(fields, 1)
+        low = select(0x0F0F0F0F, even, odd << 4)
         if WHOLE:
             tl.store(words, low)
         else:
             tl.store(words, low, mask=stored)
         if LEVELS == 8:
+            high = select(0x0F0F0F0F, even >> 4, odd)
             if WHOLE:
                 tl.store(words + 16, high)
             else:
                 tl.store(words + 16, high, mask=stored)
     if (LEVELS & 2) != 0:
+        two = tl.zeros((BLOCKS, 16), tl.int32)
+        for j in tl.static_range(8):
+            two |= ((fields[j] >> (LEVELS & 4)) & 3) << (2 * j)
         halves = (to + 16 * (LEVELS & 4)).to(tl.pointer_type(tl.int16)) + lane[None, :]
         tl.store(halves, two.to(tl.int16), mask=stored)
     if (LEVELS & 1) != 0:
+        one = tl.zeros((BLOCKS, 16), tl.int32)
+        for j in tl.static_range(8):
+            one |= (fields[j] >> (LEVELS - 1)) << j
         tl.store(to + 16 * (LEVELS - 1) + lane[None, :], one.to(tl.uint8), mask=stored)
-    return tl.zeros((1,), tl.float64) + tl.sum(tl.sum(errors, 1).to(tl.float64), 0)
+    return error
 
 
 @triton.jit
@@ -193,23 +230,23 @@ def assign_kernel(
         aligned = aligned & (number(table_ptr, problem, COLS) % 128 == 0)
         if aligned:
             error = label_packed(
-                table_ptr, problem, tile, pivots_ptr, centroids_ptr, per_unit,
+                table_ptr, problem, tile, pivots_ptr, centroids_ptr, per_unit, K,
                 DTYPE, LEVELS, TILE // 128, ERROR, WEIGHTED, True,
             )  # fmt: skip
         else:
             error = label_packed(
-                table_ptr, problem, tile, pivots_ptr, centroids_ptr, per_unit,
+                table_ptr, problem, tile, pivots_ptr, centroids_ptr, per_unit, K,
                 DTYPE, LEVELS, TILE // 128, ERROR, WEIGHTED, False,
             )  # fmt: skip
     else:
         if aligned:
             error = label_flat(
-                table_ptr, problem, tile, pivots_ptr, centroids_ptr, per_unit,
+                table_ptr, problem, tile, pivots_ptr, centroids_ptr, per_unit, K,
                 DTYPE, LEVELS, TILE, ERROR, WEIGHTED, True,
             )  # fmt: skip
         else:
             error = label_flat(
-                table_ptr, problem, tile, pivots_ptr, centroids_ptr, per_unit,
+                table_ptr, problem, tile, pivots_ptr, centroids_ptr, per_unit, K,
                 DTYPE, LEVELS, TILE, ERROR, WEIGHTED, False,
             )  # fmt: skip
     if ERROR:
@@ -237,6 +274,11 @@ def pivots_of(centroids: Tensor) -> Tensor:
     return torch.cat([middle, end], 1)[:, _heap_order(centroids.shape[1], centroids.device)].float().contiguous()
 
 
+def options(packed: bool) -> dict[str, int]:
+    """How to compile the kernel: packed labels hold 32 values a thread, more than ptxas gives registers to by itself."""
+    return {"num_warps": 4, "maxnreg": 224} if packed else {"num_warps": 8}
+
+
 def _launch(work: worklist.WorkList, centroids: Tensor, dtype: torch.dtype, packed: bool) -> None:
     if work.tiles == 0:
         return
@@ -245,7 +287,7 @@ def _launch(work: worklist.WorkList, centroids: Tensor, dtype: torch.dtype, pack
         assign_kernel[(work.tiles,)](
             work.table, work.problem, work.tile, pivots, pivots, pivots, pivots, centroids.shape[1],
             DTYPE=worklist.DTYPES[dtype], LEVELS=levels_of(centroids.shape[1]), TILE=TILE, PACKED=packed, ERROR=False,
-            WEIGHTED=False, num_warps=4 if packed else 8,
+            WEIGHTED=False, **options(packed),
         )  # fmt: skip
 
 

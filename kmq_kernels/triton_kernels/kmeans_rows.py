@@ -144,7 +144,7 @@ def rows_kernel(
                 x64, w = _item(item_ptr, at, n, WEIGHTED)
                 spread += tl.sum(w * tl.abs(x64 - mean), 0)
             # A power of two as unit: dividing by it is exact, and errors neither overflow nor vanish in fp32.
-            size = tl.maximum(spread / total, 1e-300)
+            size = tl.maximum(spread / total, 2.0**-200)
             unit = ((size.to(tl.int64, bitcast=True) >> 52) << 52).to(tl.float64, bitcast=True)
             per_unit = 1.0 / unit
             mean = mean * per_unit

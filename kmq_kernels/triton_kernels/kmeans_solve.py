@@ -19,7 +19,8 @@ to the mean and the edge of the cluster at hand; all else is fp64.
 import triton
 import triton.language as tl
 
-MOST_EXACT: tl.constexpr = tl.constexpr(32)  # centroids for which all partitions of the cells are searched
+MOST_EXACT: tl.constexpr = tl.constexpr(64)  # centroids for which all partitions of the cells are searched
+RESOLVED: tl.constexpr = tl.constexpr(2e-11)  # of the second moment: smaller errors drown in the rounding of prefix sums
 
 
 @triton.jit
@@ -379,7 +380,7 @@ def solve_points(
     """Writes the centroids to c (K,), ascending; returns the number of iterations and of distinct points with weight.
 
     RUNS: points at the same place may follow each other, and count as one. The iterations are -1 where the cells are too few to
-    tell K clusters apart.
+    tell K clusters apart, or the prefix sums too coarse for an error as small as that found.
 
     Workspace: cells (stride_cells,) int32; cell (5, stride_cells) fp64; grown (GROUPS + 1,) fp32; bounds (2, KP + 2) int32;
     choice (KP + 1, WIDTH or, up to MOST_EXACT centroids, stride_cells) int16; best (WIDTH,) fp32.
@@ -433,6 +434,11 @@ def solve_points(
         edges = tl.where(k < K, tl.load(bounds_ptr + k, mask=k < K, other=0), n)
         tl.debug_barrier()
         _, iterations = _lloyd(y_ptr, w_ptr, s_ptr, c_ptr, bounds_ptr, n, mean, K, edges, max_iter, KP)
+        begin = tl.load(bounds_ptr + k, mask=k < K, other=n)
+        end = tl.load(bounds_ptr + k + 1, mask=k < K - 1, other=n)
+        error = tl.sum(_cost(w_ptr, s_ptr, q_ptr, begin, end), 0)
+        if error < tl.load(q_ptr + n) * RESOLVED:
+            iterations = -1
     tl.debug_barrier()
     return iterations, distinct
 
@@ -460,9 +466,13 @@ def write_centroids(
     unit: a power of two near the size of the values, kept as its inverse, so that squares of errors stay inside fp32.
     """
     KP: tl.constexpr = 1 << LEVELS
-    tl.store(unit_ptr, tl.minimum(tl.maximum(per_unit, 2.0**-126), 2.0**126).to(tl.float32))
     k = tl.arange(0, KP)
-    tl.store(centroids_ptr + k, (tl.load(c_ptr + k, mask=k < K, other=0.0) * unit).to(tl.float32), mask=k < K)
+    wide = tl.load(c_ptr + k, mask=k < K, other=0.0) * unit
+    tl.store(centroids_ptr + k, wide.to(tl.float32), mask=k < K)
+    # Of equal values the size is that of nothing; times the unit they must stay inside fp32 all the same.
+    largest = 2.0**100 / tl.maximum(tl.max(tl.abs(wide), 0), 2.0**-126)
+    kept = tl.minimum(tl.maximum(tl.minimum(per_unit, largest), 2.0**-126), 2.0**126)
+    tl.store(unit_ptr, ((kept.to(tl.int64, bitcast=True) >> 52) << 52).to(tl.float64, bitcast=True).to(tl.float32))
     tl.debug_barrier()
     for level in tl.static_range(LEVELS):
         node = tl.arange(0, 1 << level)
