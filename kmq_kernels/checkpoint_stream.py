@@ -171,7 +171,7 @@ def file_record(path: Path) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     buffer = bytearray(1 << 20)
     with open_regular(path) as file:
-        while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
             size += count
     return {"bytes": size, "sha256": digest.hexdigest()}

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from . import cli_checkpoint
+from . import __version__, cli_checkpoint
 from .cli_options import (
     Allocation,
     Batch,
@@ -34,7 +34,20 @@ from .cli_options import (
     parse_bytes,
 )
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="K-means quantization of BERT-family models.")
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """K-means quantization of BERT-family models."""
 
 
 def _task(

@@ -190,7 +190,7 @@ class Ranks:
             look += 1
             ready, _, _ = select.select([wakeup] if wakeup is not None else [], [], [], _TICK)
             gone = self._gone_here()
-            if ready and signal.SIGTERM in os.read(wakeup, 64):  # type: ignore[arg-type]
+            if ready and wakeup is not None and signal.SIGTERM in os.read(wakeup, 64):
                 self._end(gone, 128 + signal.SIGTERM)
             if store is not None:
                 try:

@@ -11,8 +11,9 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -79,7 +80,7 @@ class StoredTensor(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
+def open_regular(path: Path) -> Iterator[FileIO]:
     """Opens a regular file for reading; anything else (a FIFO would wait for ever) raises CheckpointError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -88,10 +89,10 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     with open(descriptor, "rb", buffering=0) as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise CheckpointError(f"{path}: not a regular file")
-        yield file  # type: ignore[misc]
+        yield file
 
 
-def read_exactly(file: BinaryIO, count: int) -> bytes:
+def read_exactly(file: FileIO, count: int) -> bytes:
     """`count` bytes of a raw file, which may give less at a time."""
     parts = []
     while count and (part := file.read(count)):

@@ -188,7 +188,7 @@ def on_small_disk(source, options, folder, size, mode, out):
     command = [sys.executable, "-m", "kmq_kernels.cli", "quantize", str(source), "-o", str(out)]
     done = subprocess.run([*run, *command, *options], env=env, capture_output=True, text=True, timeout=500, check=False)
     code, *files = done.stdout.split("code ")[1].split()
-    sentences = [line for line in done.stderr.splitlines() if not line.startswith("kmq: left out")]
+    sentences = [line for line in done.stderr.strip().splitlines() if not line.startswith("kmq: left out")]
     assert len(sentences) == 1, done.stderr
     return int(code), files, sentences[0]
 

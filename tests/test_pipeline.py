@@ -197,6 +197,8 @@ def _kmq(monkeypatch, *arguments):
 
 
 def test_command_line(folder, monkeypatch, capsys):
+    assert _kmq(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"{kmq.__version__}\n"
     files = ["--train-file", folder / "train.csv", "--validation-file", folder / "dev.csv", "--max-length", 8]
     few = ["--steps", 2, "--batch-size", 8]
     assert _kmq(monkeypatch, "finetune", folder / "model", "-o", folder / "tuned", *few, *files) == 0
