@@ -107,7 +107,7 @@ def label_flat(
 
 
 @triton.jit
-def _fields(k):
+def fields_of(k):
     """The 8 tensors (BLOCKS, 16) that k (8, BLOCKS, 16) consists of."""
     even, odd = tl.split(k.reshape(2, 2, 2, k.shape[1], 16).permute(3, 4, 0, 1, 2))
     k04, k26 = tl.split(even)
@@ -161,12 +161,12 @@ def label_packed(
         if not WHOLE:
             off = tl.where(inside, off, 0.0)
         squares = tl.zeros((BLOCKS, 16), tl.float32)
-        offsets = _fields(off)
+        offsets = fields_of(off)
         if WEIGHTED:
             if WHOLE:
-                weights = _fields(tl.load(weight_ptr + at, eviction_policy="evict_first"))
+                weights = fields_of(tl.load(weight_ptr + at, eviction_policy="evict_first"))
             else:
-                weights = _fields(tl.load(weight_ptr + at, mask=inside, other=0.0))
+                weights = fields_of(tl.load(weight_ptr + at, mask=inside, other=0.0))
             for j in tl.static_range(8):
                 squares += offsets[j] * offsets[j] * weights[j]
         else:
@@ -177,7 +177,7 @@ def label_packed(
         k = tl.where(inside, k, 0)
     to = out_ptr + (block * (16 * LEVELS))[:, None]
     stored = exists[:, None] & (lane >= 0)[None, :]
-    fields = _fields(k)
+    fields = fields_of(k)
     if LEVELS >= 4:
         words = to.to(tl.pointer_type(tl.int32)) + lane[None, :]
         even, odd = _bytes(fields, 0), _bytes(fields, 1)

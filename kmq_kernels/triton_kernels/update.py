@@ -1,9 +1,10 @@
 """Sums of weight * value and of weight per cluster, for assignments that are given or, in one read, for nearest centroids.
 
-Each tile writes its sums, a second kernel adds the tiles of a problem in their order: the same bits on every run. Up to 16
-clusters are summed under masks. More would cost an operation a cluster and value; instead the index is split into two digits
-of 16, and sum[a, b] = sum over i of [high digit of i is a] * [low digit of i is b] * x_i, a product of two matrices for the
-tensor cores (three TF32 products stand in for fp32, good to 2**-21 of each value).
+Each tile writes its sums, a second kernel adds the tiles of a problem in their order: the same bits on every run. The index of a
+cluster is split into two digits. Up to 16 clusters a value is masked by its low digit and added under its high digit; how many
+there are is counted in fields of 4 bits. More clusters are left to the tensor cores: sum[a, b] = sum over i of [high digit of i
+is a] * [low digit of i is b] * x_i is a product of two matrices. There a value is three pieces of 8 bits, which bf16 holds
+exactly.
 """
 
 from collections.abc import Sequence
@@ -14,65 +15,156 @@ import triton.language as tl
 from torch import Tensor
 
 from . import worklist
-from .assign import levels_of, nearest, pivots_of
+from .assign import label_flat, levels_of, pivots_of
+from .decode import NATIVE
 from .dequantize import on_device
-from .worklist import COUNT, FIRST, OUT, VALUES, WEIGHT, address, number
+from .worklist import ALIGNED, COUNT, FIRST, OUT, VALUES, WEIGHT, address, number
 
-TILE = 4096  # values that one program sums
-LANES = 512  # of them at a time under masks
-DEPTH = 32  # of them at a time by matrices
+TILE = 16384  # values that one program sums
+PART: tl.constexpr = tl.constexpr(4096)  # of them are labelled before they are summed, from the first-level cache
+LANES: tl.constexpr = tl.constexpr(128)  # summed at a time under masks
+RUN: tl.constexpr = tl.constexpr(8)  # how often before fields of 4 bits are emptied
+DEPTH: tl.constexpr = tl.constexpr(256)  # summed at a time by matrices, half of them with weights
+PIECE: tl.constexpr = tl.constexpr(tl.bfloat16 if NATIVE.value else tl.float32)  # the interpreter has no arithmetic for bf16
+
+
+@triton.jit
+def _load(values_ptr, labels_ptr, weight_ptr, at, count, WEIGHTED: tl.constexpr, WHOLE: tl.constexpr):
+    """What clusters grow by, weight * value and weight (1 where all weigh alike), and which; nothing beyond count."""
+    inside = at < count
+    x = (tl.load(values_ptr + at) if WHOLE else tl.load(values_ptr + at, mask=inside, other=0.0)).to(tl.float32)
+    k = (tl.load(labels_ptr + at) if WHOLE else tl.load(labels_ptr + at, mask=inside, other=0)).to(tl.int32)
+    if WEIGHTED:
+        w = tl.load(weight_ptr + at) if WHOLE else tl.load(weight_ptr + at, mask=inside, other=0.0)
+        return tl.where(w != 0, x * w, 0.0), w, k
+    else:
+        return x, tl.full(x.shape, 1.0, tl.float32) if WHOLE else tl.where(inside, 1.0, 0.0), k
+
+
+@triton.jit
+def _sum_masked(
+    values_ptr, labels_ptr, weight_ptr, first, end, count, sums, weights,
+    LEVELS: tl.constexpr, WEIGHTED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Adds values [first, end) for up to 16 clusters: sums (KP >> LOW, 1 << LOW, LANES), weights like it or (KP, LANES) int32."""
+    LOW: tl.constexpr = (LEVELS + 1) // 2
+    high = tl.arange(0, 1 << (LEVELS - LOW))[:, None, None]
+    low = tl.arange(0, 1 << LOW)[:, None]
+    for start in range(first, end, LANES * RUN):
+        lower, upper = tl.zeros((LANES,), tl.int32), tl.zeros((LANES,), tl.int32)
+        for j in tl.static_range(RUN):
+            at = start + j * LANES + tl.arange(0, LANES)
+            x, w, k = _load(values_ptr, labels_ptr, weight_ptr, at, count, WEIGHTED, WHOLE)
+            here = high == (k >> LOW)[None, None, :]
+            mine = low == (k & ((1 << LOW) - 1))[None, :]
+            sums = tl.where(here, sums + tl.where(mine, x[None, :], 0.0)[None, :, :], sums)
+            if WEIGHTED:
+                weights = tl.where(here, weights + tl.where(mine, w[None, :], 0.0)[None, :, :], weights)
+            else:
+                one = 1 << (4 * (k & 7))
+                if not WHOLE:
+                    one = tl.where(at < count, one, 0)
+                lower += tl.where(k < 8, one, 0)
+                upper += tl.where(k < 8, 0, one)
+        if not WEIGHTED:
+            number = tl.arange(0, 1 << LEVELS)[:, None]
+            weights += (tl.where(number < 8, lower[None, :], upper[None, :]) >> (4 * (number & 7))) & 15
+    return sums, weights
+
+
+@triton.jit
+def _pieces(x, last):
+    """x (N,) fp32 as the sum of three numbers of 8 bits, and `last`: (N, 1, 4) in PIECE."""
+    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    rest = x - high
+    middle = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return tl.join(tl.join(high, rest - middle), tl.join(middle, last)).to(PIECE).reshape(x.shape[0], 1, 4)
+
+
+@triton.jit
+def _sum_by_matrices(
+    values_ptr, labels_ptr, weight_ptr, first, end, count, sums, weights,
+    LEVELS: tl.constexpr, WEIGHTED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Adds values [first, end) for 17 to 256 clusters: sums (16, 64), weights like it; if not WEIGHTED, in the last piece."""
+    SIZE: tl.constexpr = DEPTH // 2 if WEIGHTED else DEPTH
+    digit = tl.arange(0, 16)
+    for start in range(first, end, SIZE):
+        at = start + tl.arange(0, SIZE)
+        x, w, k = _load(values_ptr, labels_ptr, weight_ptr, at, count, WEIGHTED, WHOLE)
+        high = (digit[:, None] == (k >> 4)[None, :]).to(PIECE)
+        low = ((k & 15)[:, None] == digit[None, :])[:, :, None]
+        columns = tl.where(low, _pieces(x, w), 0.0).to(PIECE).reshape(SIZE, 64)
+        sums = tl.dot(high, columns, sums, input_precision="ieee")
+        if WEIGHTED:
+            columns = tl.where(low, _pieces(w, tl.zeros_like(w)), 0.0).to(PIECE).reshape(SIZE, 64)
+            weights = tl.dot(high, columns, weights, input_precision="ieee")
+    return sums, weights
+
+
+@triton.jit
+def _sum_tile(
+    table_ptr, problem, tile, pivots_ptr, out_ptr, count,
+    DTYPE: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, WEIGHTED: tl.constexpr, FUSED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One tile; WHOLE: all of it lies inside, at 16-byte addresses."""
+    KP: tl.constexpr = 1 << LEVELS
+    LOW: tl.constexpr = (LEVELS + 1) // 2
+    values_ptr, labels_ptr = address(table_ptr, problem, VALUES, DTYPE), address(table_ptr, problem, OUT, tl.uint8)
+    weight_ptr = address(table_ptr, problem, WEIGHT, tl.float32)
+    first = tile.to(tl.int64) * TILE
+    if LEVELS <= 4:
+        sums = tl.zeros((KP >> LOW, 1 << LOW, LANES), tl.float32)
+        weights = tl.zeros((KP >> LOW, 1 << LOW, LANES), tl.float32) if WEIGHTED else tl.zeros((KP, LANES), tl.int32)
+    else:
+        sums, weights = tl.zeros((16, 64), tl.float32), tl.zeros((16, 64), tl.float32)
+    for part in range(TILE // PART if WHOLE else (tl.minimum(count - first, TILE) + PART - 1) // PART):
+        begin = first + part * PART
+        if FUSED:
+            label_flat(
+                table_ptr, problem, tile.to(tl.int64) * (TILE // PART) + part, pivots_ptr, pivots_ptr, 1.0, 1,
+                DTYPE, LEVELS, PART, False, False, WHOLE,
+            )  # fmt: skip
+            tl.debug_barrier()
+        if LEVELS <= 4:
+            sums, weights = _sum_masked(
+                values_ptr, labels_ptr, weight_ptr, begin, begin + PART, count, sums, weights, LEVELS, WEIGHTED, WHOLE
+            )
+        else:
+            sums, weights = _sum_by_matrices(
+                values_ptr, labels_ptr, weight_ptr, begin, begin + PART, count, sums, weights, LEVELS, WEIGHTED, WHOLE
+            )
+    if LEVELS <= 4:
+        cluster = tl.arange(0, KP)
+        tl.store(out_ptr + cluster, tl.sum(sums.to(tl.float64), 2).reshape(KP))
+        if WEIGHTED:
+            tl.store(out_ptr + KP + cluster, tl.sum(weights.to(tl.float64), 2).reshape(KP))
+        else:
+            tl.store(out_ptr + KP + cluster, tl.sum(weights, 1).to(tl.float64))
+    else:
+        cluster, piece = 16 * tl.arange(0, 16)[:, None] + tl.arange(0, 16)[None, :], tl.arange(0, 4)[None, None, :]
+        sums64 = sums.reshape(16, 16, 4).to(tl.float64)
+        tl.store(out_ptr + cluster, tl.sum(tl.where(piece < 3, sums64, 0.0), 2), mask=cluster < KP)
+        weights64 = weights.reshape(16, 16, 4).to(tl.float64) if WEIGHTED else tl.where(piece == 3, sums64, 0.0)
+        tl.store(out_ptr + KP + cluster, tl.sum(weights64, 2), mask=cluster < KP)
 
 
 @triton.jit
 def update_kernel(
     table_ptr, problem_ptr, tile_ptr, pivots_ptr, sums_ptr,
-    DTYPE: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, WEIGHTED: tl.constexpr,
-    FUSED: tl.constexpr,
+    DTYPE: tl.constexpr, LEVELS: tl.constexpr, TILE: tl.constexpr, WEIGHTED: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """sums (T, 2, 2**LEVELS) fp64 <- sums of weight * value and of weight of the tile; FUSED: writes the assignments as well."""
-    KP: tl.constexpr = 1 << LEVELS
     i = tl.program_id(0).to(tl.int64)
     problem, tile = tl.load(problem_ptr + i).to(tl.int64), tl.load(tile_ptr + i)
-    values_ptr, count = address(table_ptr, problem, VALUES, DTYPE), number(table_ptr, problem, COUNT)
-    labels_ptr, weight_ptr = address(table_ptr, problem, OUT, tl.uint8), address(table_ptr, problem, WEIGHT, tl.float32)
-    pivots_ptr += problem * KP
-    cluster = tl.arange(0, KP)
-    digit = tl.arange(0, 16)
-    if LEVELS <= 4:
-        sums, weights = tl.zeros((KP, STEP), tl.float32), tl.zeros((KP, STEP), tl.float32)
+    count = number(table_ptr, problem, COUNT)
+    pivots_ptr += problem * (1 << LEVELS)
+    sums_ptr += i * (2 << LEVELS)
+    if ((tile + 1).to(tl.int64) * TILE <= count) & (number(table_ptr, problem, ALIGNED) != 0):
+        _sum_tile(table_ptr, problem, tile, pivots_ptr, sums_ptr, count, DTYPE, LEVELS, TILE, WEIGHTED, FUSED, True)
     else:
-        sums, weights = tl.zeros((16, 16), tl.float32), tl.zeros((16, 16), tl.float32)
-    for start in range(0, TILE, STEP):
-        at = tile.to(tl.int64) * TILE + start + tl.arange(0, STEP)
-        inside = at < count
-        x = tl.load(values_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if FUSED:
-            k = nearest(x, pivots_ptr, LEVELS)
-            tl.store(labels_ptr + at, k.to(tl.uint8), mask=inside)
-        else:
-            k = tl.load(labels_ptr + at, mask=inside, other=0).to(tl.int32)
-        if WEIGHTED:
-            w = tl.load(weight_ptr + at, mask=inside, other=0.0)
-            x = tl.where(w != 0, x * w, 0.0)
-        else:
-            w = inside.to(tl.float32)
-        if LEVELS <= 4:
-            member = cluster[:, None] == k[None, :]
-            sums += tl.where(member, x[None, :], 0.0)
-            weights += tl.where(member, w[None, :], 0.0)
-        else:
-            high = (digit[:, None] == (k >> 4)[None, :]).to(tl.float32)
-            low = (k & 15)[:, None] == digit[None, :]
-            sums = tl.dot(high, tl.where(low, x[:, None], 0.0), sums, input_precision="tf32x3")
-            weights = tl.dot(high, tl.where(low, w[:, None], 0.0), weights, input_precision="tf32x3")
-    out = sums_ptr + i * 2 * KP
-    if LEVELS <= 4:
-        tl.store(out + cluster, tl.sum(sums.to(tl.float64), 1))
-        tl.store(out + KP + cluster, tl.sum(weights.to(tl.float64), 1))
-    else:
-        at = 16 * digit[:, None] + digit[None, :]
-        tl.store(out + at, sums.to(tl.float64), mask=at < KP)
-        tl.store(out + KP + at, weights.to(tl.float64), mask=at < KP)
+        _sum_tile(table_ptr, problem, tile, pivots_ptr, sums_ptr, count, DTYPE, LEVELS, TILE, WEIGHTED, FUSED, False)
 
 
 @triton.jit
@@ -105,8 +197,8 @@ def _sum(
     with on_device(parts):
         update_kernel[(work.tiles,)](
             work.table, work.problem, work.tile, parts if pivots is None else pivots, parts,
-            DTYPE=worklist.DTYPES[dtype], LEVELS=levels, TILE=TILE, STEP=LANES if levels <= 4 else DEPTH, WEIGHTED=weighted,
-            FUSED=pivots is not None, num_warps=4 if levels <= 4 else 1,
+            DTYPE=worklist.DTYPES[dtype], LEVELS=levels, TILE=TILE, WEIGHTED=weighted,
+            FUSED=pivots is not None, num_warps=4, maxnreg=255,
         )  # fmt: skip
         add_tiles_kernel[(problems,)](
             work.table, parts, sums, weights, num_centroids, problems, work.tiles, KP=1 << levels, DEPTH=16, num_warps=4
