@@ -1,4 +1,4 @@
-"""The clustering part of `make gpu`: whole models and `assign`, checked and then timed on a CUDA device.
+"""The clustering part of `make gpu`: whole models, `assign` and the fused step, checked and then timed on a CUDA device.
 
 `rows` returns entries for the result file. Times are medians of CUDA events, with the second-level cache flushed before each. A
 model is its shapes filled with Student-t values. The floor of a model is two passes at the bandwidth of a copy measured in the
@@ -19,6 +19,7 @@ from benchmarks.shapes import BERT_BASE, BERT_LARGE, SEVEN_B
 from kmq_kernels.triton_kernels.assign import assign
 from kmq_kernels.triton_kernels.kmeans import Plan
 from kmq_kernels.triton_kernels.kmeans_rows import SMALL
+from kmq_kernels.triton_kernels.update import step
 
 Row = dict[str, Any]
 
@@ -159,6 +160,31 @@ def assign_rows(clock: Clock, bandwidth: float, numel: int) -> list[Row]:
     return rows
 
 
+def step_rows(clock: Clock, bandwidth: float, numel: int) -> list[Row]:
+    """A Lloyd step in one read, labels and sums, in per cent of copy bandwidth: 5 bytes a value for fp32."""
+    rows = []
+    for num_centroids in (16, 256):
+        values = torch.randn(1, numel, device=clock.device)
+        centroids = torch.randn(1, num_centroids, device=clock.device).sort(1).values
+        labels, sums, counts = step(values, centroids)
+        again = step(values, centroids)
+        if not all(torch.equal(a, b) for a, b in zip((labels, sums, counts), again, strict=True)):
+            raise AssertionError(f"step, K = {num_centroids}: other bits on a second run")
+        expected = torch.zeros_like(sums[0]).index_add_(0, labels[0].long(), values[0].double())
+        size = torch.zeros_like(sums[0]).index_add_(0, labels[0].long(), values[0].double().abs())
+        if not torch.equal(labels, assign(values, centroids)) or bool(((sums[0] - expected).abs() > 2e-6 * size).any()):
+            raise AssertionError(f"step, K = {num_centroids}: wrong labels or sums")
+        if not torch.equal(counts[0], torch.bincount(labels[0], minlength=num_centroids).double()):
+            raise AssertionError(f"step, K = {num_centroids}: wrong counts")
+        seconds = clock.seconds(lambda values=values, centroids=centroids: step(values, centroids))
+        share = numel * 5 / seconds / bandwidth
+        rows.append(
+            {"what": "fused step", "num_centroids": num_centroids, "values": numel, "seconds": seconds,
+             "percent_of_copy_bandwidth": 100 * share}
+        )  # fmt: skip
+    return rows
+
+
 def torch_lloyd(values: Tensor, centroids: Tensor, iterations: int) -> Tensor:
     """Lloyd in plain torch: bucketize, scatter-add."""
     flat = values.reshape(-1).float()
@@ -239,12 +265,13 @@ def rows(device: str = "cuda", small: bool = False) -> list[Row]:
     out: list[Row] = [{"what": "copy", "bytes_per_second": bandwidth}]
     if small:
         row, values = whole_model("tiny", [(24, 130), (3, 70)], 2, clock, bandwidth, torch.float32)
-        return [*out, row, *assign_rows(clock, bandwidth, 1000), *peer_rows(values[1], 2, clock, (2,))]
+        passes = assign_rows(clock, bandwidth, 1000) + step_rows(clock, bandwidth, 1000)
+        return [*out, row, *passes, *peer_rows(values[1], 2, clock, (2,))]
     for num_centroids in (16, 256):
         row, values = whole_model("BERT-base", BERT_BASE, num_centroids, clock, bandwidth, torch.float32)
         out += [row, *peer_rows(values[3], num_centroids, clock)]
     out.append(whole_model("BERT-large", BERT_LARGE, 16, clock, bandwidth, torch.float32)[0])
-    out += assign_rows(clock, bandwidth, 1 << 27)
+    out += assign_rows(clock, bandwidth, 1 << 27) + step_rows(clock, bandwidth, 1 << 27)
     if torch.cuda.mem_get_info()[0] > 40e9:
         torch.cuda.empty_cache()
         out.append(whole_model("7B", SEVEN_B, 16, clock, bandwidth, torch.bfloat16, checked=1)[0])

@@ -329,7 +329,7 @@ def test_the_benchmark_of_make_gpu_runs(device):
     from benchmarks import gpu_kmeans
 
     rows = gpu_kmeans.rows("cpu", small=True)
-    assert {row["what"] for row in rows} == {"copy", "whole-model solve", "assign", "one matrix"}
+    assert {row["what"] for row in rows} == {"copy", "whole-model solve", "assign", "fused step", "one matrix"}
     assert {row["peer"] for row in rows if row["what"] == "one matrix"} == {"kmq", *gpu_kmeans.PEERS}
     (model,) = [row for row in rows if row["what"] == "whole-model solve"]
     assert 1 - 1e-6 <= model["inertia_over_optimum"] <= 1.0001
