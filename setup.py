@@ -5,10 +5,28 @@ without; KMQ_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST and MAX_JOBS are honou
 """
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
+
+
+def toolkit() -> str | None:
+    """Root of the CUDA toolkit of the nvcc on the PATH. That may be a script which starts the real one, so nvcc is asked."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    shown = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    found = re.search(r"^#\$ TOP=(.+)$", shown, re.MULTILINE)
+    return os.path.realpath(found[1]) if found else None
+
+
+# PyTorch takes the folder above nvcc's for the toolkit unless it is told.
+if not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")) and (root := toolkit()):
+    os.environ["CUDA_HOME"] = root
 
 try:
     import torch

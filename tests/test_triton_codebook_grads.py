@@ -34,7 +34,7 @@ def test_linear_grad_against_brute_force(bits, dtype, device):
             linear.assert_sums(out.cpu(), grad_output, input, index, bits, group_rows)
 
 
-@pytest.mark.parametrize("tile", [codebook_linear_grad.TILE, codebook_linear_grad.TILE_GROUPED, codebook_linear_grad.TILE_FP32])
+@pytest.mark.parametrize("tile", [codebook_linear_grad.TILE, codebook_linear_grad.TILE_GROUPED, codebook_linear_grad.TILE_SMALL])
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_linear_grad_tiles_and_pieces(tile, pieces, device):
     for books, group_rows in ((1, 140), (18, 8)):
@@ -83,45 +83,70 @@ def test_embedding_grad_takes_int32_and_no_ids(device):
     assert not none.any()
 
 
-def kernels() -> list[offline.Kernel]:
-    module = "kmq_kernels.triton_kernels."
-    sizes = dict.fromkeys(("M", "OUT", "IN", "rows_per_piece"), "i32")
-    found = []
-    for dtype, shared, tile in (
-        ("bf16", True, codebook_linear_grad.TILE),
-        ("bf16", False, codebook_linear_grad.TILE_GROUPED),
-        ("fp32", True, codebook_linear_grad.TILE_FP32),
-        ("fp32", False, codebook_linear_grad.TILE_FP32),
-    ):
-        signature = {"grad": "*" + dtype, "input": "*" + dtype, "packed": "*u8", "partial": "*fp32", **sizes}
-        constants = {"BITS": 4, "SHARED": shared, "ROWS": tile.rows, "COLS": tile.cols, "STEP": tile.step}
-        constants |= {"WIDEN": False, "PRECISION": "tf32" if dtype == "fp32" else "ieee"}
-        aligned = ("grad", "input", "packed", "partial", "OUT", "IN")
-        name = module + "codebook_linear_grad:linear_grad_kernel"
-        found.append(offline.Kernel(name, signature, constants, aligned, tile.num_warps, tile.num_stages))
-    module += "codebook_embedding_grad:"
-    for shared in (True, False):
-        signature = {"grad": "*bf16", "ids": "*i64", "packed": "*u8", "partial": "*fp32"}
-        signature |= dict.fromkeys(("count", "rows", "cols", "padding_idx"), "i32")
-        constants = {"BITS": 4, "SHARED": shared, "POSITIONS": codebook_embedding_grad.POSITIONS}
-        constants["BLOCKS"] = codebook_embedding_grad.BLOCKS
-        aligned = ("grad", "packed", "partial", "cols")
-        found.append(offline.Kernel(module + "embedding_grad_kernel", signature, constants, aligned))
+def linear_kernel(bits: int, dtype: str, shared: bool, whole: bool = True, precision: str = "ieee") -> offline.Kernel:
+    """The kernel as it is launched. whole: OUT and IN are multiples of 16."""
+    tile = codebook_linear_grad.TILE if shared else codebook_linear_grad.TILE_GROUPED
+    if dtype == "fp32" or not whole:
+        tile = codebook_linear_grad.TILE_SMALL
+    signature = {"grad": "*" + dtype, "input": "*" + dtype, "packed": "*u8", "partial": "*fp32"}
+    aligned = (*signature, "rows_per_piece", *(("OUT", "IN") if whole else ()))
+    signature |= dict.fromkeys(("M", "OUT", "IN", "rows_per_piece"), "i32")
+    constants = {"BITS": bits, "SHARED": shared, "ROWS": tile.rows, "COLS": tile.cols, "STEP": tile.step}
+    constants |= {"WIDEN": False, "PRECISION": precision}
+    name = "kmq_kernels.triton_kernels.codebook_linear_grad:linear_grad_kernel"
+    return offline.Kernel(name, signature, constants, aligned, tile.num_warps, tile.num_stages)
+
+
+def embedding_kernel(bits: int, dtype: str, shared: bool, whole: bool = True) -> offline.Kernel:
+    signature = {"grad": "*" + dtype, "ids": "*i64", "packed": "*u8", "partial": "*fp32"}
+    aligned = ("grad", "packed", "partial", *(("cols",) if whole else ()))
+    signature |= dict.fromkeys(("count", "rows", "cols", "padding_idx"), "i32")
+    constants = {"BITS": bits, "SHARED": shared, "POSITIONS": codebook_embedding_grad.POSITIONS}
+    constants["BLOCKS"] = codebook_embedding_grad.BLOCKS
+    name = "kmq_kernels.triton_kernels.codebook_embedding_grad:embedding_grad_kernel"
+    return offline.Kernel(name, signature, constants, aligned)
+
+
+def segments_kernel(bits: int) -> offline.Kernel:
     signature = {"partial": "*fp32", "order": "*i64", "starts": "*i64", "out": "*fp32", "count": "i32", "pieces": "i32"}
-    found.append(offline.Kernel(module + "sum_segments_kernel", signature, {"BITS": 4}))
-    return found
+    name = "kmq_kernels.triton_kernels.codebook_embedding_grad:sum_segments_kernel"
+    return offline.Kernel(name, signature, {"BITS": bits})
 
 
-@pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
-def test_compiled_offline(architecture):
-    asked = kernels()
+def check_compiled(asked: list[offline.Kernel], architecture: int) -> None:
     for kernel, built in zip(asked, offline.compile_all(asked, architecture), strict=True):
-        text = f"{kernel.kernel} {kernel.constexprs} sm_{architecture}: {built.registers} registers, {built.spills} spills"
+        text = f"{kernel.kernel} {kernel.signature} {kernel.constexprs} sm_{architecture}: {built.registers} registers, "
+        text += f"{built.spills} spills, {built.shared} bytes"
         assert built.spills == 0, text
         assert built.registers <= 255, text
         assert built.shared <= 100 * 1024, text  # two programs a multiprocessor of sm_90
         assert built.count("LDG|LDGSTS") > 0
         if kernel.kernel.endswith("linear_grad_kernel"):
-            assert built.count("GMMA" if architecture == 90 and kernel.signature["grad"] == "*bf16" else "MMA") > 0, text
+            whole, half = "IN" in kernel.aligned, kernel.signature["grad"] != "*fp32"
+            tensor_cores = "GMMA" if architecture == 90 and whole and half else "MMA"
+            assert (kernel.constexprs["PRECISION"] == "ieee" and not half) or built.count(tensor_cores) > 0, text
             # Nothing of the weight gradient is stored: the stores are those of sums.
             assert built.count("STG.E.128|STG.E.64") == 0, text
+
+
+@pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
+def test_compiled_offline(architecture):
+    """Widths of one, two and three planes."""
+    asked = [linear_kernel(bits, "bf16", True) for bits in (3, 4, 7)]
+    asked += [linear_kernel(bits, "bf16", False) for bits in (4, 6)]
+    asked += [linear_kernel(7, "fp16", shared, whole) for shared, whole in ((True, True), (False, False))]
+    asked += [linear_kernel(4, "fp32", shared, precision="tf32") for shared in (True, False)]
+    asked += [embedding_kernel(bits, "bf16", shared) for bits, shared in ((4, True), (4, False), (7, True))]
+    check_compiled([*asked, segments_kernel(4)], architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width_compiles(architecture, bits):
+    asked = [linear_kernel(bits, "fp32", shared, precision="tf32") for shared in (True, False)]
+    for dtype in ("bf16", "fp16", "fp32"):
+        for shared in (True, False):
+            for whole in (True, False):
+                asked += [linear_kernel(bits, dtype, shared, whole), embedding_kernel(bits, dtype, shared, whole)]
+    check_compiled([*asked, segments_kernel(bits)], architecture)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .codebook_linear_grad import index_at
+from .codebook_linear_grad import index_tile
 from .dequantize import on_device
 
 POSITIONS = 32  # of a program
@@ -45,7 +45,7 @@ def embedding_grad_kernel(
         column = start + tl.arange(0, 128)
         inside = taken[:, None] & (column < cols)[None, :]
         x = tl.load(grad_ptr + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        index = tl.where(inside, index_at(row_ptr, tl.minimum(column, cols - 1)[None, :], BITS), K)
+        index = tl.where(inside, index_tile(row_ptr + start // 128 * (16 * BITS), 0, 8, BITS), K)
         for entry in range(K):
             members = tl.where(index == entry, x, 0.0)
             if SHARED:

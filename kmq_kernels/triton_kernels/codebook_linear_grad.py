@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .decode import NATIVE, index, load_planes
 from .dequantize import on_device
 
 
@@ -28,35 +29,15 @@ class Tile(NamedTuple):
 
 TILE = Tile(128, 128, 64, 8, 3)
 TILE_GROUPED = Tile(64, 64, 64, 4, 3)  # sums of rows need more registers
-TILE_FP32 = Tile(64, 64, 32, 4, 3)
+TILE_SMALL = Tile(64, 64, 32, 8, 3)  # fp32, and matrices whose rows are loaded element by element
 PIECE = 512  # rows of the batch that a piece has at least: an epilogue must be worth its tile
 
 
 @triton.jit
-def _field_at(plane, column, BITS: tl.constexpr, WIDTH: tl.constexpr):
-    """The WIDTH bits that a plane holds of each column; `plane` points to block 0 of the plane in each row."""
-    lane = column % 16
-    bit = column % 128 // 16 * WIDTH
-    byte = tl.load(plane + (column // 128 * (16 * BITS) + lane * WIDTH + bit // 8))
-    return (byte.to(tl.int32) >> (bit % 8)) & (2**WIDTH - 1)
-
-
-@triton.jit
-def index_at(row, column, BITS: tl.constexpr):
-    """Index of each column, int32. row: pointers to packed rows; column: int32 columns; the two broadcast to a tile."""
-    if BITS == 8:
-        return _field_at(row, column, 8, 4) | (_field_at(row + 64, column, 8, 4) << 4)
-    elif BITS == 7:
-        low = _field_at(row, column, 7, 4) | (_field_at(row + 64, column, 7, 2) << 4)
-        return low | (_field_at(row + 96, column, 7, 1) << 6)
-    elif BITS == 6:
-        return _field_at(row, column, 6, 4) | (_field_at(row + 64, column, 6, 2) << 4)
-    elif BITS == 5:
-        return _field_at(row, column, 5, 4) | (_field_at(row + 64, column, 5, 1) << 4)
-    elif BITS == 3:
-        return _field_at(row, column, 3, 2) | (_field_at(row + 32, column, 3, 1) << 2)
-    else:
-        return _field_at(row, column, BITS, BITS)
+def index_tile(block, first, FIELDS: tl.constexpr, BITS: tl.constexpr):
+    """Indices [R, 16 * FIELDS], int32, of the fields from `first` on; block: [R, 1] pointers to a packed block of each row."""
+    fields = index(load_planes(block, BITS, False), first + tl.arange(0, FIELDS)[:, None, None], BITS)
+    return tl.reshape(tl.permute(fields, (1, 0, 2)), (block.shape[0], 16 * FIELDS))
 
 
 @triton.jit
@@ -91,18 +72,22 @@ def linear_grad_kernel(
         grad_ptr += STEP * OUT
         input_ptr += STEP * IN
     # Elements past the end are 0 * value, which is NaN where the value is: they must not count.
-    inside = (n < OUT)[:, None] & (c < IN)[None, :]
-    row = packed + tl.minimum(n, OUT - 1).to(tl.int64)[:, None] * (tl.cdiv(IN, 128) * (16 * BITS))
-    index = tl.where(inside, index_at(row, tl.minimum(c, IN - 1)[None, :], BITS), K)
+    acc = tl.where((n < OUT)[:, None] & (c < IN)[None, :], acc, 0.0)
+    # A tile lies in one block of a packed row, and a block is whole even where the row ends within.
+    block = tl.minimum(n, OUT - 1).to(tl.int64) * tl.cdiv(IN, 128) + tile_in * COLS // 128
+    members = index_tile(packed + block[:, None] * (16 * BITS), tile_in * COLS % 128 // 16, COLS // 16, BITS).to(tl.uint8)
+    if NATIVE:
+        # Brings the indices to the layout of acc, once. The compiler would carry each comparison there.
+        members = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r,r", [members, acc], tl.uint8, is_pure=True, pack=4)
     tiles_in = tl.num_programs(1)
     if SHARED:
         to = partial + ((piece * tiles_in + tile_in) * tl.num_programs(0) + tile_out) * K
         for k in range(K):
-            tl.store(to + k, tl.sum(tl.where(index == k, acc, 0.0)))
+            tl.store(to + k, tl.sum(tl.where(members == k, acc, 0.0)))
     else:
         to = partial + ((piece * tiles_in + tile_in) * OUT + n) * K
         for k in range(K):
-            tl.store(to + k, tl.sum(tl.where(index == k, acc, 0.0), 1), mask=n < OUT)
+            tl.store(to + k, tl.sum(tl.where(members == k, acc, 0.0), 1), mask=n < OUT)
 
 
 def _pieces(M: int, tiles: int, device: torch.device) -> int:
@@ -147,7 +132,8 @@ def codebook_linear_grad(
     x = input.reshape(-1, input.shape[-1]).to(dtype).contiguous()
     if grad.numel() == 0 or x.numel() == 0:
         return torch.zeros(num_codebooks, num_centroids, device=input.device)
-    tile = TILE_FP32 if dtype == torch.float32 else TILE if num_codebooks == 1 else TILE_GROUPED
+    small = dtype == torch.float32 or grad.shape[1] % 16 != 0 or x.shape[1] % 16 != 0
+    tile = TILE_SMALL if small else TILE if num_codebooks == 1 else TILE_GROUPED
     tiles = triton.cdiv(grad.shape[1], tile.rows) * triton.cdiv(x.shape[1], tile.cols)
     pieces = _pieces(grad.shape[0], tiles, x.device)
     with on_device(x), torch.autocast(x.device.type, enabled=False):

@@ -142,13 +142,13 @@ def load_planes(block, BITS: tl.constexpr, LOOKUP: tl.constexpr):
 
 
 @triton.jit
-def _field(plane, j: tl.constexpr, WIDTH: tl.constexpr):
+def _field(plane, j, WIDTH: tl.constexpr):
     return (plane.to(tl.int32) >> (j * WIDTH)) & (2**WIDTH - 1)
 
 
 @triton.jit
-def index(planes, j: tl.constexpr, BITS: tl.constexpr):
-    """Indices [R, 16] of field j, int32: columns 16 * j to 16 * j + 15 of the block."""
+def index(planes, j, BITS: tl.constexpr):
+    """Indices [R, 16] of field j, int32: columns 16 * j to 16 * j + 15 of the block. From j [n, 1, 1] indices [n, R, 16]."""
     if BITS == 8:
         return _field(planes[0], j, 4) | (_field(planes[1], j, 4) << 4)
     elif BITS == 7:
