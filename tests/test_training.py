@@ -52,6 +52,24 @@ def test_losses_of_50_steps_are_those_of_the_dequantizing_path(family, reduction
     assert both[0][-1] < both[0][0] * 0.9  # something was learned
 
 
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_gradients_of_a_tied_head_are_those_of_the_dequantizing_path(family):
+    """One codebook, used by the embedding of the ids and by the output layer over the vocabulary."""
+    ids = torch.randint(5, 120, (4, 12), generator=torch.Generator().manual_seed(3))
+    both = []
+    for reference in (False, True):
+        model = family_model(family, "MaskedLM")
+        kmq.quantize_(model, kmq.KMQConfig(bits=3))
+        assert model.get_output_embeddings().codebook is model.get_input_embeddings().codebook
+        if reference:
+            dequantizing_(model)
+        model(input_ids=ids, labels=ids).loss.backward()
+        both.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert len(both[0]) > 10
+    for name, grad in both[0].items():
+        torch.testing.assert_close(grad, both[1][name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_losses_of_50_steps_of_minilm():
     batches = [bench_training_step.batch(32, 64, number) for number in range(50)]

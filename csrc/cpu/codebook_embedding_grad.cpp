@@ -31,7 +31,7 @@ void run(const void* grad_output, const int64_t* ids, int64_t count, const Packe
   std::vector<double> partial(tasks * K, 0.0);
   parallel(tasks, 1 + tasks * kTask / (positions * packed.cols + 1), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      ClusterSums sums(packed.bits, partial.data() + task * K);
+      ClusterSums sums(packed.bits, partial.data() + task * K, (starts[task + 1] - starts[task]) * packed.cols);
       for (int64_t at = starts[task]; at < starts[task + 1]; ++at)
         sums.add(grad + order[at] * packed.cols, packed.data + ids[order[at]] * packed.row_bytes(), packed.cols);
       sums.finish();

@@ -9,14 +9,14 @@ constexpr int64_t kTask = 32768;  // values of one partial sum
 
 template <typename T>
 void run(const T* grad, const Packed& packed, int64_t num_codebooks, int64_t group_rows, void* out, const Parallel& parallel) {
-  const Pieces pieces(packed.rows, group_rows, 1 + kTask / (packed.cols + 1));
+  const Pieces pieces(packed.rows, group_rows, std::max<int64_t>(kTask / std::max<int64_t>(packed.cols, 1), 1));
   const int64_t K = int64_t(1) << packed.bits;
   std::vector<double> partial(pieces.count * K, 0.0);
   const int64_t grain = 1 + kTask / (std::min(pieces.piece, pieces.group_rows) * packed.cols + 1);
   parallel(pieces.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      ClusterSums sums(packed.bits, partial.data() + task * K);
       const int64_t first = pieces.begin(task), last = pieces.end(task);
+      ClusterSums sums(packed.bits, partial.data() + task * K, (last - first) * packed.cols);
       // Rows of whole blocks follow each other without a gap.
       const int64_t step = packed.cols % kBlock == 0 ? std::max<int64_t>(last - first, 1) : 1;
       for (int64_t row = first; row < last; row += step)

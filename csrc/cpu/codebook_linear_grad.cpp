@@ -68,7 +68,8 @@ void run(const void* grad_output, const void* input, int64_t M, const Packed& pa
       const uint8_t* blocks = packed.data + in / kBlock * kLanes * packed.bits;
       for (int64_t row = first; row < last;) {
         const int64_t group = row / group_rows, end = std::min(last, (group + 1) * group_rows);
-        ClusterSums sums(packed.bits, partial.data() + (task * books + group - first / group_rows) * K);
+        double* book = partial.data() + (task * books + group - first / group_rows) * K;
+        ClusterSums sums(packed.bits, book, (end - row) * cols);
         for (; row < end; ++row) sums.add(tile.data() + (row - first) * kTileIn, blocks + row * packed.row_bytes(), cols);
         sums.finish();
       }
