@@ -104,7 +104,7 @@ def embedding_kernel(bits: int, dtype: str, shared: bool, whole: bool = True) ->
     constants = {"BITS": bits, "SHARED": shared, "POSITIONS": codebook_embedding_grad.POSITIONS}
     constants["BLOCKS"] = codebook_embedding_grad.BLOCKS
     name = "kmq_kernels.triton_kernels.codebook_embedding_grad:embedding_grad_kernel"
-    return offline.Kernel(name, signature, constants, aligned)
+    return offline.Kernel(name, signature, constants, aligned, codebook_embedding_grad.NUM_WARPS)
 
 
 def segments_kernel(bits: int) -> offline.Kernel:

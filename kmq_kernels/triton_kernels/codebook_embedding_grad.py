@@ -14,6 +14,7 @@ from .dequantize import on_device
 
 POSITIONS = 32  # of a program
 BLOCKS = 4  # of 128 columns, that a program takes one after the other
+NUM_WARPS = 8
 
 
 @triton.jit
@@ -91,6 +92,7 @@ def codebook_embedding_grad(
         embedding_grad_kernel[(programs, pieces)](
             grad, flat, packed.contiguous(), partial, count, packed.shape[0], cols, padding_idx,
             BITS=bits, SHARED=shared, POSITIONS=POSITIONS, BLOCKS=BLOCKS, debug=True, sanitize_overflow=False,
+            num_warps=NUM_WARPS,
         )  # fmt: skip
         if shared:
             return partial.sum((0, 1), dtype=torch.float64).float()[None]
