@@ -172,7 +172,7 @@ def rows_kernel(
                 status |= UNRESOLVED
             tl.debug_barrier()
             if status == 0:
-                iterations, distinct = solve_points(
+                iterations, distinct, _ = solve_points(
                     y_ptr, w_ptr, s_ptr, q_ptr, cells_ptr, cell_ptr, grown_ptr, bounds_ptr, choice_ptr, best_ptr, c_ptr, n, mean,
                     K, count,
                     stride_cells, max_iter, KP, WIDTH, GROUPS, CHUNK, SPLITS, PART, True,

@@ -377,7 +377,7 @@ def solve_points(
     stride_cells, max_iter, KP: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
     SPLITS: tl.constexpr, PART: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the centroids to c (K,), ascending; returns the number of iterations and of distinct points with weight.
+    """Writes the centroids to c (K,), ascending; returns the iterations, how many distinct points have weight, and the error.
 
     RUNS: points at the same place may follow each other, and count as one. The iterations are -1 where the cells are too few to
     tell K clusters apart, or the prefix sums too coarse for an error as small as that found.
@@ -391,6 +391,7 @@ def solve_points(
     every = distinct <= (2 * count if RUNS else count)  # bins of single values do not follow their density
     m, total = _make_cells(y_ptr, w_ptr, cells_ptr, grown_ptr, n, count, every, y_first, y_last, GROUPS, CHUNK, RUNS)
     iterations = 0
+    error = tl.full((), 0, tl.float64)
     if (distinct <= K) | (m < K):
         iterations = tl.where(distinct <= K, 0, -1)
         at = tl.load(cells_ptr + tl.maximum(tl.minimum(k, distinct - 1), 0))
@@ -440,7 +441,7 @@ def solve_points(
         if error < tl.load(q_ptr + n) * RESOLVED:
             iterations = -1
     tl.debug_barrier()
-    return iterations, distinct
+    return iterations, distinct, error
 
 
 @triton.jit
