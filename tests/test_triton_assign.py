@@ -115,7 +115,7 @@ def test_update_and_step(num_centroids, device):
                 assert_sums(got, values, nearest.cpu(), w, num_centroids)
 
 
-def test_step_of_a_ragged_list(device):
+def test_sums_of_a_ragged_list(device):
     values = [torch.randn(0), torch.randn(1), torch.randn(70, 100), torch.randn(13)]
     centroids = torch.randn(4, 8).sort(1).values
     given = [tensor.to(device) for tensor in values]
@@ -123,6 +123,9 @@ def test_step_of_a_ragged_list(device):
     labels, sums, counts = triton_update.step_ragged(given, centroids.to(device), [w.to(device) for w in weights])
     again = triton_update.step_ragged(given, centroids.to(device), [w.to(device) for w in weights])
     assert torch.equal(sums, again[1])
+    assert torch.equal(sums, triton_update.update_ragged(given, labels, 8, [w.to(device) for w in weights])[0])
+    counted = triton_update.update_ragged(given, labels, 8)[1].cpu()
+    assert torch.equal(counted, torch.stack([torch.bincount(part.cpu().ravel(), minlength=8) for part in labels]).double())
     for p, tensor in enumerate(values):
         flat = tensor.reshape(1, -1)
         assert torch.equal(labels[p].cpu().reshape(1, -1), expected_labels(flat, centroids[p : p + 1]))

@@ -622,22 +622,23 @@ def solve_kernel(
             tl.debug_barrier()
             if largest > 1e15:
                 status |= UNRESOLVED
+            inside = none
+            if rounds > ROUNDS:  # the error that makes what splitting bins once more could take off it a share that matters
+                for start in range(0, bins, CHUNK):
+                    i = start + tl.arange(0, CHUNK)
+                    at = tl.minimum(i, bins - 1)
+                    least, most, noted = _ends(ends_ptr, bins, at)
+                    wide = (most.to(tl.float64) - least.to(tl.float64)) * per_unit
+                    w = _weight_of(bins_ptr, at, WEIGHTED) / total
+                    inside += tl.sum(tl.where((i < bins) & noted, w * wide * wide, 0.0), 0)
+                inside = inside / tl.where(K <= 16, 6e-4, 1.2e-2)  # a bin has w * wide**2 / 12
             if status == 0:
                 iterations, distinct, error = solve_points(
                     y_ptr, w_ptr, s_ptr, q_ptr, cells_ptr, cell_ptr, grown_ptr, bounds_ptr, choice_ptr, best_ptr, c_ptr, bins,
                     mean, K, count, stride_cells, max_iter, KP, WIDTH, GROUPS, CHUNK, SPLITS, PART, False,
                 )  # fmt: skip
-                if rounds > ROUNDS:  # what splitting the bins once more could still take off the error
-                    inside = none
-                    for start in range(0, bins, CHUNK):
-                        i = start + tl.arange(0, CHUNK)
-                        at = tl.minimum(i, bins - 1)
-                        least, most, noted = _ends(ends_ptr, bins, at)
-                        wide = (most.to(tl.float64) - least.to(tl.float64)) * per_unit
-                        w = _weight_of(bins_ptr, at, WEIGHTED) / total
-                        inside += tl.sum(tl.where((i < bins) & noted, w * wide * wide, 0.0), 0)
-                    if inside > 12 * tl.where(K <= 16, 5e-5, 1e-3) * error:
-                        status |= UNRESOLVED
+                if inside > error:
+                    status |= UNRESOLVED
                 if iterations < 0:
                     status |= UNRESOLVED
                 tl.store(iterations_ptr + problem, tl.maximum(iterations, 0).to(tl.int64))

@@ -218,7 +218,8 @@ def update(
     Products and the sums of a tile are fp32, what is beyond is fp64.
     """
     weight = None if sample_weight is None else sample_weight.float().contiguous()
-    work = _batch(values.contiguous(), assignments.contiguous(), weight)
+    kept, labels = values.contiguous(), assignments.contiguous()  # the work list has their addresses only
+    work = _batch(kept, labels, weight)
     return _sum(work, None, num_centroids, values.dtype, weight is not None)
 
 
@@ -231,6 +232,28 @@ def step(values: Tensor, centroids: Tensor, sample_weight: Tensor | None = None)
     return labels, *_sum(work, pivots_of(centroids), centroids.shape[1], values.dtype, weight is not None)
 
 
+def _list(values: Sequence[Tensor], labels: Sequence[Tensor], weights: Sequence[Tensor] | None) -> worklist.WorkList:
+    """The work list of a list of contiguous tensors, which it does not keep alive."""
+    sizes = torch.tensor([tensor.numel() for tensor in values])
+    none = torch.zeros_like(sizes)
+    return worklist.build(values, labels, weights, sizes, sizes, torch.arange(len(values)), none, none, -(-sizes // TILE))
+
+
+def update_ragged(
+    values: Sequence[Tensor],
+    assignments: Sequence[Tensor],
+    num_centroids: int,
+    sample_weight: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`update` for a list of P contiguous tensors of one dtype, any shapes, empty ones too, in one launch: (P, K)."""
+    if not values:
+        none = torch.zeros(0, num_centroids, dtype=torch.float64)
+        return none, none.clone()
+    labels = [one.contiguous() for one in assignments]
+    weights = None if sample_weight is None else [weight.float().contiguous() for weight in sample_weight]
+    return _sum(_list(values, labels, weights), None, num_centroids, values[0].dtype, weights is not None)
+
+
 def step_ragged(
     values: Sequence[Tensor], centroids: Tensor, sample_weight: Sequence[Tensor] | None = None
 ) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -239,8 +262,6 @@ def step_ragged(
     if not values:
         none = centroids.new_zeros(centroids.shape, dtype=torch.float64)
         return labels, none, none.clone()
-    sizes = torch.tensor([tensor.numel() for tensor in values])
-    none = torch.zeros_like(sizes)
     weights = None if sample_weight is None else [weight.float().contiguous() for weight in sample_weight]
-    work = worklist.build(values, labels, weights, sizes, sizes, torch.arange(len(values)), none, none, -(-sizes // TILE))
+    work = _list(values, labels, weights)
     return labels, *_sum(work, pivots_of(centroids), centroids.shape[1], values[0].dtype, weights is not None)
