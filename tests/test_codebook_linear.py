@@ -8,7 +8,7 @@ import kmq_kernels as kmq
 
 input_grad = torch.ops.kmq.codebook_linear_input_grad
 SHAPES = [(1, 1, 1), (5, 3, 2), (47, 127, 47), (49, 128, 1), (100, 300, 8), (100, 130, 32), (770, 700, 770)]
-SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 25, 33]
+SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 17, 25, 33]
 
 
 @pytest.fixture(autouse=True)
@@ -33,16 +33,21 @@ def test_forward_and_input_grad_against_float64(bits, OUT, IN, group_rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("M", [1, 3, 8, 40])
-def test_narrow_input_is_at_most_as_wrong_as_torch(dtype, M):
-    assignments, packed, codebook = problem(100, 300, 4, 100, dtype)
-    weight, bias, input = weight64(assignments, codebook, 100), torch.randn(100).to(dtype), torch.randn(M, 300).to(dtype)
-    expected = linear64(input, weight, bias)
-    out = kmq.codebook_linear(input, packed, codebook, bias)
-    assert out.dtype == dtype
-    # Both round an fp32 sum once; which few sums fall to the other side of a rounding boundary is chance.
-    assert relative_rms(out, expected) <= relative_rms(F.linear(input, weight.to(dtype), bias), expected) * 1.02
-    assert torch.equal(out, kmq.codebook_linear(input.float(), packed, codebook.float(), bias.float()).to(dtype))
+@pytest.mark.parametrize("M", [1, 3, 8, 12, 40])
+def test_narrow_input_is_as_exact_as_one_rounding(dtype, M):
+    """No kernel, torch's included, is below the error of the float64 result rounded once. A sum in fp32 now and then falls to the
+    other side of a tie, so a hundred-thousandth above it is allowed."""
+    ours = floor = 0.0
+    for _ in range(10):
+        assignments, packed, codebook = problem(100, 300, 4, 100, dtype)
+        weight, bias, input = weight64(assignments, codebook, 100), torch.randn(100).to(dtype), torch.randn(M, 300).to(dtype)
+        expected = linear64(input, weight, bias)
+        out = kmq.codebook_linear(input, packed, codebook, bias)
+        assert out.dtype == dtype
+        ours += float((out.double() - expected).square().sum())
+        floor += float((expected.to(dtype).double() - expected).square().sum())
+        assert torch.equal(out, kmq.codebook_linear(input.float(), packed, codebook.float(), bias.float()).to(dtype))
+    assert ours**0.5 <= floor**0.5 * (1 + 1e-5)
     grad = torch.randn(M, 100).to(dtype)
     wide = input_grad(grad.float(), packed, codebook.float(), 300, 100)
     assert torch.equal(input_grad(grad, packed, codebook, 300, 100), wide.to(dtype))

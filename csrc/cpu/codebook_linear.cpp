@@ -1,8 +1,9 @@
 // The linear layer on packed weights. Which way is taken depends on M, the rows of the input:
 //
-//   small M   every packed row is decoded in registers and multiplied with up to kFusedRows input rows at once
-//   few rows  (AVX-512, 9 to kTurnedRows rows, up to kTurnedBits bits) 16 packed rows are turned, so that a decoded register
-//             belongs to one column, and multiplied with up to 16 input rows at once
+//   small M   (up to 8 rows, AVX2 up to 16, see most_rows) every packed row is decoded in registers and multiplied with up to kFusedRows
+//             input rows at once
+//   few rows  (AVX-512, up to kFewRows) 16 packed rows are turned, so that a decoded register belongs to one column, and multiplied
+//             with up to 16 input rows at once
 //   else      panels of the weight are decoded into the cache and multiplied by the tiles of gemm.h
 //
 // The order of additions depends on M, the columns and the bits of the weight alone, so the result is the same for any number of threads.
@@ -72,9 +73,8 @@ constexpr int64_t kPrefetch = 1024;  // bytes of packed rows
 constexpr int64_t kFusedInput = 6144;  // floats of input that stay in the first-level cache beside the packed row
 
 // Adds weights * input to M sums; the input is interleaved by groups of 8 columns: [cols / 8][M][8].
-template <int M>
+template <int M, int kChains>
 struct Dot {
-  static constexpr int kChains = M == 1 ? 4 : M <= 4 ? 2 : 1;
   const float* input;
   __m256 sum[kChains][M];
   KMQ_AVX2_INLINE void operator()(int column, int chain, __m256 weights) {
@@ -96,11 +96,15 @@ KMQ_AVX2_INLINE float horizontal_sum(__m256 x) {
 // zeros in the columns that the last group lacks.
 struct DotAvx2 {
   static constexpr int64_t kLane = 8;
+  // Up to 5 bits, decoding twice costs less than panels do. Of 6 bits, the tables leave no registers for more sums.
+  static constexpr int most_rows(int bits) { return bits <= 5 ? 2 * kFusedRows : bits == 6 ? 5 : kFusedRows; }
 
   // sums[i * M + m] (+)= dot of row i of the region and row m of the input.
   template <int bits, int M>
   KMQ_AVX2 static void rows(const Packed& packed, const float* codebook, int64_t group_rows, const Region& region, const float* input,
                             float* sums, bool accumulate) {
+    // Decoding 6 bits takes long enough for one chain of additions, and leaves no registers.
+    constexpr int kChains = M == 1 ? 4 : M <= 4 && (bits != 6 || M == 2) ? 2 : 1;
     const int64_t row_bytes = packed.row_bytes();
     const float* book = nullptr;
     Decoder<bits> decoder{};
@@ -109,9 +113,9 @@ struct DotAvx2 {
       const float* row_book = codebook + ((row / group_rows) << bits);
       if (row_book != book) decoder.load(book = row_book);
       const uint8_t* block = packed.data + row * row_bytes + region.first_col / kBlock * (kLanes * bits);
-      Dot<M> dot;
+      Dot<M, kChains> dot;
 #pragma GCC unroll 4
-      for (int chain = 0; chain < Dot<M>::kChains; ++chain)
+      for (int chain = 0; chain < kChains; ++chain)
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) dot.sum[chain][m] = _mm256_setzero_ps();
       dot.input = input;
@@ -136,7 +140,7 @@ struct DotAvx2 {
       for (int m = 0; m < M; ++m) {
         __m256 total = dot.sum[0][m];
 #pragma GCC unroll 4
-        for (int chain = 1; chain < Dot<M>::kChains; ++chain) total = _mm256_add_ps(total, dot.sum[chain][m]);
+        for (int chain = 1; chain < kChains; ++chain) total = _mm256_add_ps(total, dot.sum[chain][m]);
         const float sum = horizontal_sum(total);
         sums[i * M + m] = accumulate ? sums[i * M + m] + sum : sum;
       }
@@ -158,8 +162,19 @@ struct Dot512 {
   }
 };
 
+// Of the columns below `rest`. The weights of padding columns are cleared, see DotAvx2.
+template <int M>
+struct DotRest512 {
+  Dot512<M>& dot;
+  int64_t rest;
+  KMQ_AVX512_INLINE void operator()(int column, int chain, __m512 weights) {
+    if (column < rest) dot(column, chain, _mm512_maskz_mov_ps(first_lanes(rest - column), weights));
+  }
+};
+
 struct DotAvx512 {
   static constexpr int64_t kLane = 16;
+  static constexpr int most_rows(int) { return kFusedRows; }
 
   template <int bits, int M>
   KMQ_AVX512 static void rows(const Packed& packed, const float* codebook, int64_t group_rows, const Region& region,
@@ -186,12 +201,8 @@ struct DotAvx512 {
       }
       const int64_t rest = region.cols % kBlock;
       if (rest) {
-        const Planes512<bits> planes(block);
-#pragma GCC unroll 8
-        for (int field = 0; field < 8; ++field)
-          // The weights of padding columns are cleared, see DotAvx2.
-          if (16 * field < rest)
-            dot(16 * field, field, _mm512_maskz_mov_ps(first_lanes(rest - 16 * field), decoder.look_up(planes.index(field))));
+        DotRest512<M> last{dot, rest};
+        decoder.block(block, last);
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
@@ -205,49 +216,67 @@ struct DotAvx512 {
   }
 };
 
-template <typename Path, int M, typename T>
-void fused(const T* input, const Packed& packed, const float* codebook, int64_t group_rows, const float* bias, T* output,
+template <typename Path, typename T>
+void fused(const T* input, int64_t M, const Packed& packed, const float* codebook, int64_t group_rows, const float* bias, T* output,
            const Parallel& parallel) {
   constexpr int64_t lane = Path::kLane;
   const int64_t cols = packed.cols, padded = round_up(cols, lane);
+  const int64_t part = ceil_div(M, ceil_div(M, kFusedRows));  // rows of the input that are multiplied at once
   Scratch owned;
-  const float* interleaved = nullptr;
-  if constexpr (M == 1 && std::is_same_v<T, float>) {
-    if (cols % lane == 0) interleaved = input;
+  const float* interleaved = nullptr;  // part after part
+  if constexpr (std::is_same_v<T, float>) {
+    if (M == 1 && cols % lane == 0) interleaved = input;
   }
   if (!interleaved) {
     owned = scratch(padded * M);
-    for (int64_t m = 0; m < M; ++m)
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t first = m / part * part, rows = std::min(part, M - first);
       for (int64_t c = 0; c < padded; c += lane) {
-        float* to = owned.get() + c * M + lane * m;
+        float* to = owned.get() + first * padded + c * rows + lane * (m - first);
         const int64_t count = std::min(lane, cols - c);
         widen(input + m * cols + c, count, to);
         std::fill(to + count, to + lane, 0.0f);
       }
+    }
     interleaved = owned.get();
   }
-  const int64_t depth = std::max(kBlock, kFusedInput / M / kBlock * kBlock);
+  const int64_t depth = std::max(kBlock, kFusedInput / part / kBlock * kBlock);
   const int64_t grain = ceil_div(kGrainWork, kDotRows * (cols + 1) * (M + 8));
   parallel(ceil_div(packed.rows, kDotRows), grain, [&](int64_t begin_block, int64_t end_block) {
-    float sums[kDotRows * M];
-    for (int64_t b = begin_block; b < end_block; ++b) {
-      const int64_t row = b * kDotRows, rows = std::min(kDotRows, packed.rows - row);
-      if (cols == 0) std::fill(sums, sums + kDotRows * M, 0.0f);
-      for (int64_t col = 0; col < cols; col += depth) {
-        const Region region{nullptr, row, rows, col, std::min(depth, cols - col), 0};
-        with_small(packed.bits, [&](auto bits) {
-          Path::template rows<bits(), M>(packed, codebook, group_rows, region, interleaved + col * M, sums, col > 0);
+    float sums[kDotRows * kFusedRows];
+    for (int64_t b = begin_block; b < end_block; ++b)
+      for (int64_t first = 0; first < M; first += part) {
+        const int64_t row = b * kDotRows, rows = std::min(kDotRows, packed.rows - row), here = std::min(part, M - first);
+        if (cols == 0) std::fill(sums, sums + kDotRows * here, 0.0f);
+        with_small(static_cast<int>(here), [&](auto lines) {
+          with_small(packed.bits, [&](auto bits) {
+            if constexpr (lines() <= Path::most_rows(bits()))
+              for (int64_t col = 0; col < cols; col += depth) {
+                const Region region{nullptr, row, rows, col, std::min(depth, cols - col), 0};
+                const float* const left = interleaved + first * padded + col * lines();
+                Path::template rows<bits(), lines()>(packed, codebook, group_rows, region, left, sums, col > 0);
+              }
+          });
         });
+        for (int64_t m = 0; m < here; ++m)
+          for (int64_t i = 0; i < rows; ++i)
+            narrow(sums[i * here + m] + (bias ? bias[row + i] : 0.0f), output[(first + m) * packed.rows + row + i]);
       }
-      for (int64_t m = 0; m < M; ++m)
-        for (int64_t i = 0; i < rows; ++i)
-          narrow(sums[i * M + m] + (bias ? bias[row + i] : 0.0f), output[m * packed.rows + row + i]);
-    }
   });
 }
 
-constexpr int64_t kTurnedRows = 32;
-constexpr int kTurnedBits = 6;  // the table of more takes the registers of the sums
+// Adds columns c, c + 16, .. of 16 rows of the weight times R rows of input to R sums: all 8, or those that exist.
+template <int R, bool whole>
+struct Outer512 {
+  const float* left;  // [depth][16] from column c on
+  int64_t depth;
+  __m512 (&sum)[R];
+  KMQ_AVX512_INLINE void operator()(int column, int, __m512 weights) {
+    if (!whole && column >= depth) return;
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) sum[i] = _mm512_fmadd_ps(weights, _mm512_set1_ps(left[column * 16 + i]), sum[i]);
+  }
+};
 
 // c [rows, lanes] (ldc floats apart) = left @ weights + bias for up to R rows of input, `left` [depth][16], and 16 rows of the weight,
 // `turned` block by block. `ahead` is what is turned next, of the same size.
@@ -264,13 +293,8 @@ KMQ_AVX512 void turned_tile(const Decoder512<bits>& decoder, const uint8_t* turn
 #pragma GCC unroll 1
     for (int lane = 0; lane < kLanes; ++lane, turned += size, ahead += size, left += 16) {
       _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-      const Planes512<bits> planes(turned);
-#pragma GCC unroll 8
-      for (int field = 0; field < 8; ++field) {
-        const __m512 weights = decoder.look_up(planes.index(field));
-#pragma GCC unroll 16
-        for (int i = 0; i < R; ++i) sum[i] = _mm512_fmadd_ps(weights, _mm512_set1_ps(left[field * kLanes * 16 + i]), sum[i]);
-      }
+      Outer512<R, true> outer{left, 0, sum};
+      decoder.block(turned, outer);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
@@ -278,15 +302,9 @@ KMQ_AVX512 void turned_tile(const Decoder512<bits>& decoder, const uint8_t* turn
       sum[i] = _mm512_setzero_ps();
     }
   }
-  for (int lane = 0; lane < kLanes && k < depth; ++lane, turned += size, left += 16) {
-    const Planes512<bits> planes(turned);
-#pragma GCC unroll 8
-    for (int field = 0; field < 8; ++field) {
-      if (k + field * kLanes + lane >= depth) continue;
-      const __m512 weights = decoder.look_up(planes.index(field));
-#pragma GCC unroll 16
-      for (int i = 0; i < R; ++i) sum[i] = _mm512_fmadd_ps(weights, _mm512_set1_ps(left[field * kLanes * 16 + i]), sum[i]);
-    }
+  for (int lane = 0; lane < kLanes && k + lane < depth; ++lane, turned += size, left += 16) {
+    Outer512<R, false> outer{left, depth - k - lane, sum};
+    decoder.block(turned, outer);
   }
   const __mmask16 mask = first_lanes(lanes);
   const __m512 add = bias ? _mm512_maskz_loadu_ps(mask, bias) : _mm512_setzero_ps();
@@ -329,8 +347,7 @@ void linear_turned(const T* input, int64_t M, const Packed& packed, const float*
       if constexpr (direct) c = output + row;
       const float* book = codebook + ((row / group_rows) << packed.bits);
       with_small(packed.bits, [&](auto bits) {
-        if constexpr (bits() <= kTurnedBits)
-          turned_rows<bits()>(packed, book, row, lanes, left, M, bias ? bias + row : nullptr, turned, c, direct ? packed.rows : 16);
+        turned_rows<bits()>(packed, book, row, lanes, left, M, bias ? bias + row : nullptr, turned, c, direct ? packed.rows : 16);
       });
       if constexpr (!direct)
         for (int64_t m = 0; m < M; ++m) narrow_row(narrow + 16 * m, lanes, output + m * packed.rows + row);
@@ -401,12 +418,11 @@ template <typename T>
 void linear(const T* input, int64_t M, const Packed& packed, const float* codebook, int64_t group_rows, const float* bias, T* output,
             const Parallel& parallel) {
 #ifdef KMQ_X86
-  if (avx2() && M <= kFusedRows)
-    return with_small(static_cast<int>(M), [&](auto rows) {
-      if (avx512()) fused<DotAvx512, rows()>(input, packed, codebook, group_rows, bias, output, parallel);
-      else fused<DotAvx2, rows()>(input, packed, codebook, group_rows, bias, output, parallel);
-    });
-  if (avx512() && M <= kTurnedRows && packed.bits <= kTurnedBits && (group_rows % 16 == 0 || group_rows >= packed.rows))
+  if (avx512() && M <= DotAvx512::most_rows(packed.bits))
+    return fused<DotAvx512>(input, M, packed, codebook, group_rows, bias, output, parallel);
+  if (avx2() && !avx512() && M <= DotAvx2::most_rows(packed.bits))
+    return fused<DotAvx2>(input, M, packed, codebook, group_rows, bias, output, parallel);
+  if (avx512() && M <= kFewRows && (group_rows % 16 == 0 || group_rows >= packed.rows))
     return linear_turned(input, M, packed, codebook, group_rows, bias, output, parallel);
 #endif
   with_gemm([&](auto path) {

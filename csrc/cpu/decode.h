@@ -76,6 +76,22 @@ void decode_rows_scalar(const Packed& packed, const T* codebook, int64_t group_r
 
 #ifdef KMQ_X86
 
+// Of a 1-bit plane, the lanes of half a block: byte 4 * b + c of 128-bit lane l holds lane 8 * half + 4 * l + c.
+KMQ_AVX2_INLINE __m256i lanes_of_one(const uint8_t* plane, int half) {
+  const __m256i pick = _mm256_setr_epi8(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7);
+  int64_t lanes;
+  std::memcpy(&lanes, plane + 8 * half, 8);
+  return _mm256_shuffle_epi8(_mm256_set1_epi64x(lanes), pick);
+}
+
+// The same of a 2-bit plane: byte b / 2 of the lane.
+KMQ_AVX2_INLINE __m256i lanes_of_two(const uint8_t* plane, int half) {
+  const __m256i pick = _mm256_setr_epi8(0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7, 8, 10, 12, 14, 8, 10, 12, 14, 9, 11, 13, 15, 9, 11,
+                                        13, 15);
+  const __m128i lanes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(plane + 16 * half));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(lanes), pick);
+}
+
 // Half of the indices of a block as two registers, one a nibble: byte 4 * b + c of 128-bit lane l holds the index of column
 // 32 * b + 16 * nibble + 8 * half + 4 * l + c. One in-lane transpose of 4 x 4 bytes brings the 4-bit plane to this order, and
 // four bytes of a float looked up in this order interleave to 8 neighbouring columns a register.
@@ -98,11 +114,7 @@ KMQ_AVX2_INLINE void index_vectors(const uint8_t* block, int half, __m256i index
   }
   if (bits == 2 || bits == 3 || bits == 6 || bits == 7) {
     constexpr int at = bits >= 4 ? 4 : 0;
-    // Byte b / 2 of the two bytes of each lane, then its field 2 * (b % 2) + nibble.
-    const __m256i pick = _mm256_setr_epi8(0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7, 8, 10, 12, 14, 8, 10, 12, 14, 9, 11, 13,
-                                          15, 9, 11, 13, 15);
-    const __m256i bytes = _mm256_shuffle_epi8(
-        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane + 16 * half))), pick);
+    const __m256i bytes = lanes_of_two(plane, half);  // field 2 * (b % 2) + nibble of the byte is meant
     const __m256i field = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
     const __m256i mask = _mm256_set1_epi8(3 << at);
     const __m256i even = _mm256_and_si256(_mm256_slli_epi32(field, at), mask);
@@ -113,12 +125,7 @@ KMQ_AVX2_INLINE void index_vectors(const uint8_t* block, int half, __m256i index
   }
   if (bits == 1 || bits == 3 || bits == 5 || bits == 7) {
     constexpr int at = bits - 1;
-    const __m256i pick = half ? _mm256_setr_epi8(8, 9, 10, 11, 8, 9, 10, 11, 8, 9, 10, 11, 8, 9, 10, 11, 12, 13, 14, 15, 12, 13, 14,
-                                                 15, 12, 13, 14, 15, 12, 13, 14, 15)
-                              : _mm256_setr_epi8(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7,
-                                                 4, 5, 6, 7);
-    const __m256i bytes =
-        _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(plane))), pick);
+    const __m256i bytes = lanes_of_one(plane, half);
     const __m256i field = _mm256_srlv_epi32(bytes, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
     const __m256i mask = _mm256_set1_epi8(1 << at);
     const __m256i even = _mm256_and_si256(_mm256_slli_epi32(field, at), mask);
@@ -153,31 +160,36 @@ KMQ_AVX2_INLINE void indices_avx2(const uint8_t* block, uint8_t* index) {
 
 // Decodes blocks of `bits` bits with one codebook of 32-bit entries; every value is exact, bit for bit.
 //   bits 1, 2   a register is the table, vpermilps looks up by a shifted dword
-//   bits 3..7   the four bytes of the entries are tables of 16 of vpshufb; above 16 entries an index outside of a sub-table is
-//               brought to a byte with its top bit set, for which vpshufb gives 0, and the sub-tables are or-ed
-//   bits 8      scalar loads, which measured as fast as vpgatherdd and faster than 16 sub-tables
+//   bits 3..6   the four bytes of the entries are tables of 16 of vpshufb. Above 4 bits, table t holds what the entries with the upper
+//               bits t differ (xor) by from those with fewer of these bits; where an index lacks one of them, it gets the top bit,
+//               for which vpshufb gives 0
+//   bits 7, 8   scalar loads: vpgatherdd takes twice as long, 8 or 16 tables longer too
 template <int bits>
 struct Decoder {
-  static constexpr int kTables = bits <= 4 ? 1 : 1 << (bits - 4);
-  __m256i table[bits <= 7 ? kTables : 1][4];
+  static constexpr int kTables = bits == 5 || bits == 6 ? 1 << (bits - 4) : 1;
+  __m256i table[kTables][4];
   const float* book;
 
   KMQ_AVX2_INLINE void load(const float* codebook) {
     book = codebook;
-    if (bits == 1) {
+    if constexpr (bits == 1) {
       int64_t both;
       std::memcpy(&both, codebook, 8);
       table[0][0] = _mm256_set1_epi64x(both);
-    } else if (bits == 2) {
+    } else if constexpr (bits == 2) {
       table[0][0] = _mm256_castps_si256(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(codebook)));
-    } else if (bits <= 7) {
+    } else if constexpr (bits <= 6) {
       const __m128i bytes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
       for (int t = 0; t < kTables; ++t) {
         __m128i r[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          const float* entries = codebook + 16 * t + 4 * (bits == 3 ? i % 2 : i);
-          r[i] = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)), bytes);
+          r[i] = _mm_setzero_si128();
+          for (int part = 0; part <= t; ++part) {
+            const float* entries = codebook + 16 * part + 4 * (bits == 3 ? i % 2 : i);
+            if ((part & t) == part) r[i] = _mm_xor_si128(r[i], _mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
+          }
+          r[i] = _mm_shuffle_epi8(r[i], bytes);
         }
         const __m128i a = _mm_unpacklo_epi32(r[0], r[1]), b = _mm_unpacklo_epi32(r[2], r[3]);
         const __m128i c = _mm_unpackhi_epi32(r[0], r[1]), d = _mm_unpackhi_epi32(r[2], r[3]);
@@ -203,47 +215,85 @@ struct Decoder {
         for (int field = 0; field < 8; ++field)
           out(16 * field + 8 * half, field % 4, _mm256_permutevar_ps(entries, _mm256_srli_epi32(fields, bits * field)));
       }
-    } else if constexpr (bits <= 7) {
-#pragma GCC unroll 2
+    } else if constexpr (bits > 6) {
+#pragma GCC unroll 1
       for (int half = 0; half < 2; ++half) {
+        alignas(32) uint64_t at[2][4];
         __m256i index[2];
         index_vectors<bits>(block, half, index);
 #pragma GCC unroll 2
-        for (int nibble = 0; nibble < 2; ++nibble) {
-          __m256i plane[4];
+        for (int nibble = 0; nibble < 2; ++nibble)
+          _mm256_store_si256(reinterpret_cast<__m256i*>(at[nibble]),
+                             _mm256_permutevar8x32_epi32(index[nibble], _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+        asm("" : "+m"(at));
+#pragma GCC unroll 1
+        for (int nibble = 0; nibble < 2; ++nibble)
 #pragma GCC unroll 4
-          for (int t = 0; t < kTables; ++t) {
-            __m256i at = index[nibble];
-            if (kTables > 1) at = _mm256_add_epi8(_mm256_xor_si256(at, _mm256_set1_epi8(16 * t)), _mm256_set1_epi8(0x70));
-#pragma GCC unroll 4
-            for (int p = 0; p < 4; ++p) {
-              const __m256i found = _mm256_shuffle_epi8(table[t][p], at);
-              plane[p] = t ? _mm256_or_si256(plane[p], found) : found;
-            }
-          }
-          const __m256i a = _mm256_unpacklo_epi8(plane[0], plane[1]), b = _mm256_unpacklo_epi8(plane[2], plane[3]);
-          const __m256i c = _mm256_unpackhi_epi8(plane[0], plane[1]), d = _mm256_unpackhi_epi8(plane[2], plane[3]);
-          const int column = 16 * nibble + 8 * half;
-          out(column, 0, _mm256_castsi256_ps(_mm256_unpacklo_epi16(a, b)));
-          out(column + 32, 1, _mm256_castsi256_ps(_mm256_unpackhi_epi16(a, b)));
-          out(column + 64, 2, _mm256_castsi256_ps(_mm256_unpacklo_epi16(c, d)));
-          out(column + 96, 3, _mm256_castsi256_ps(_mm256_unpackhi_epi16(c, d)));
-        }
+          for (int i = 0; i < 4; ++i) out(32 * i + 16 * nibble + 8 * half, i, entries(at[nibble][i]));
       }
     } else {
-      uint8_t index[kBlock];
-      float weights[kBlock];
-      indices_avx2<bits>(block, index);
-#pragma GCC unroll 1
-      for (int i = 0; i < kBlock; i += 8) {
-        uint64_t word;
-        std::memcpy(&word, index + i, 8);
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) weights[i + j] = book[(word >> (8 * j)) & 255];
-      }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        __m256i index[2];
+        index_vectors<kTables == 1 ? bits : 4>(block, half, index);
+        if constexpr (bits == 3) asm("" : "+x"(index[0]), "+x"(index[1]));  // before any lookup, for the same reason as below
+        __m256i upper = index[0];
+        if constexpr (bits == 5) upper = lanes_of_one(block + 64, half);
+        if constexpr (bits == 6) upper = lanes_of_two(block + 64, half);
+#pragma GCC unroll 2
+        for (int nibble = 0; nibble < 2; ++nibble) {
+          __m256 weights[4];
+          look_up(index[nibble], upper, nibble, weights);
 #pragma GCC unroll 4
-      for (int i = 0; i < 16; ++i) out(8 * i, i % 4, _mm256_loadu_ps(weights + 8 * i));
+          for (int i = 0; i < 4; ++i) out(32 * i + 16 * nibble + 8 * half, i, weights[i]);
+        }
+      }
     }
+  }
+
+ private:
+  // The weights of columns 32 * i + 16 * nibble + 8 * half + (0..7) for 4 values of i.
+  KMQ_AVX2_INLINE void look_up(__m256i index, __m256i upper, int nibble, __m256 weights[4]) const {
+    // Tables for which the sums leave no register are loaded again: so the compiler does not keep them and spill what it computes.
+    const __m256i(*tables)[4] = table;
+    if constexpr (bits != 4) asm("" : "+r"(tables));
+    __m256i at[kTables] = {index}, plane[4];
+    if constexpr (bits == 5) at[1] = _mm256_or_si256(index, lacking(upper, 1 << nibble, 4 << nibble, 16 << nibble, 64 << nibble));
+    if constexpr (bits == 6) {
+      const int even = 1 << 2 * nibble, odd = 16 << 2 * nibble;
+      const __m256i second = lacking(upper, 2 * even, 2 * odd, 2 * even, 2 * odd);
+      at[1] = _mm256_or_si256(index, lacking(upper, even, odd, even, odd));
+      at[2] = _mm256_or_si256(index, second);
+      at[3] = _mm256_or_si256(at[1], second);
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) {
+      plane[p] = _mm256_shuffle_epi8(tables[0][p], at[0]);
+#pragma GCC unroll 3
+      for (int t = 1; t < kTables; ++t) {
+        plane[p] = _mm256_xor_si256(plane[p], _mm256_shuffle_epi8(tables[t][p], at[t]));
+        asm("" : "+x"(plane[p]));  // in this order: a tree of them would take more registers than there are
+      }
+    }
+    const __m256i a = _mm256_unpacklo_epi8(plane[0], plane[1]), b = _mm256_unpacklo_epi8(plane[2], plane[3]);
+    const __m256i c = _mm256_unpackhi_epi8(plane[0], plane[1]), d = _mm256_unpackhi_epi8(plane[2], plane[3]);
+    weights[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(a, b));
+    weights[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(a, b));
+    weights[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(c, d));
+    weights[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(c, d));
+  }
+
+  // The entries at the 8 bytes of `index`.
+  KMQ_AVX2_INLINE __m256 entries(uint64_t index) const {
+    const uint32_t a = index & 0xffff, b = index >> 16 & 0xffff, c = index >> 32 & 0xffff, d = index >> 48;
+    return _mm256_setr_ps(book[a & 255], book[a >> 8], book[b & 255], book[b >> 8], book[c & 255], book[c >> 8], book[d & 255], book[d >> 8]);
+  }
+
+  // All ones in the bytes of `lanes` that lack a bit: a in the bytes of dwords 0 and 4, b in those of 1 and 5, ...
+  KMQ_AVX2_INLINE static __m256i lacking(__m256i lanes, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    constexpr uint32_t bytes = 0x01010101;
+    const __m128i bit = _mm_setr_epi32(int(a * bytes), int(b * bytes), int(c * bytes), int(d * bytes));
+    return _mm256_cmpeq_epi8(_mm256_and_si256(lanes, _mm256_broadcastsi128_si256(bit)), _mm256_setzero_si256());
   }
 };
 
@@ -304,32 +354,56 @@ KMQ_AVX512_INLINE __m512i in_register(__m512i x) {
   return x;
 }
 
-// The planes of a block, one 32-bit lane of AVX-512 for each of the 16 lanes of the layout.
+// The planes of a block. Up to 5 bits a 32-bit lane c is lane c of the layout. From 6 bits on it is two words: word c % 4 of 128-bit
+// lane c / 4 begins with field 0, word c % 4 + 4 with field 4; what is looked up for the words interleaves to columns in order.
 template <int bits>
 struct Planes512 {
+  static constexpr bool kWords = bits >= 6;
   __m512i four, high, two, one;  // `high` is the second 4-bit plane of 8 bits
 
   KMQ_AVX512_INLINE explicit Planes512(const uint8_t* block) {
-    if constexpr (bits >= 4) four = in_register(_mm512_loadu_si512(block));
-    if constexpr (bits == 8) high = in_register(_mm512_loadu_si512(block + 64));
+    if constexpr (bits >= 4) four = four_bits(block);
+    if constexpr (bits == 8) high = four_bits(block + 64);
     const uint8_t* rest = block + (bits >= 4 ? 64 : 0);
-    if constexpr (bits == 2 || bits == 3 || bits == 6 || bits == 7)
-      two = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rest)));
-    if constexpr (bits % 2 == 1)
-      one = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rest + (bits == 3 || bits == 7 ? 32 : 0))));
+    if constexpr (bits == 2 || bits == 3 || bits == 6 || bits == 7) {
+      const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rest));
+      if constexpr (kWords) {
+        const __m256i split = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+        two = _mm512_cvtepu8_epi16(_mm256_shuffle_epi8(lanes, split));
+      } else {
+        two = _mm512_cvtepu16_epi32(lanes);
+      }
+    }
+    if constexpr (bits % 2 == 1) {
+      const __m128i lanes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rest + (bits == 3 || bits == 7 ? 32 : 0)));
+      if constexpr (kWords) {
+        const __m256i twice = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(lanes), _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+        one = _mm512_srlv_epi16(_mm512_cvtepu8_epi16(twice), _mm512_broadcast_i32x4(_mm_setr_epi16(0, 0, 0, 0, 4, 4, 4, 4)));
+      } else {
+        one = _mm512_cvtepu8_epi32(lanes);
+      }
+    }
+  }
+
+  KMQ_AVX512_INLINE static __m512i four_bits(const uint8_t* plane) {
+    const __m512i lanes = in_register(_mm512_loadu_si512(plane));
+    if constexpr (!kWords) return lanes;
+    return _mm512_shuffle_epi8(lanes, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));
   }
 
   // Bits from `from` on moved to bit `to`; neighbouring fields come along.
   KMQ_AVX512_INLINE static __m512i move(__m512i x, int from, int to) {
-    return from > to ? _mm512_srli_epi32(x, from - to) : from < to ? _mm512_slli_epi32(x, to - from) : x;
+    if (from == to) return x;
+    if constexpr (kWords) return from > to ? _mm512_srli_epi16(x, from - to) : _mm512_slli_epi16(x, to - from);
+    return from > to ? _mm512_srli_epi32(x, from - to) : _mm512_slli_epi32(x, to - from);
   }
 
   // Bits of `low` where the mask is set, of `high` elsewhere.
   KMQ_AVX512_INLINE static __m512i join(int mask, __m512i low, __m512i high) {
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(mask), low, high, 0xca);
+    return _mm512_ternarylogic_epi32(kWords ? _mm512_set1_epi16(mask) : _mm512_set1_epi32(mask), low, high, 0xca);
   }
 
-  // The indices of columns 16 * field .. 16 * field + 15, below bits that mean nothing.
+  // The indices of field `field`, of words also of field + 4, below bits that mean nothing.
   KMQ_AVX512_INLINE __m512i index(int field) const {
     if constexpr (bits == 1) return move(one, field, 0);
     if constexpr (bits == 2) return move(two, 2 * field, 0);
@@ -342,48 +416,71 @@ struct Planes512 {
   }
 };
 
-// As Decoder, with registers of 16 columns: vpermps looks up 16 entries, vpermt2ps 32, and masks choose between tables. Both
-// ignore the higher bits of an index, so that a field needs no mask; up to 3 bits the table is repeated for the same reason.
+// As Decoder, with registers of 16 columns. The lookups ignore the bits above an index, so that a field needs no mask.
+//   bits 1..4   vpermps looks up 16 entries; up to 3 bits the table is repeated
+//   bits 5      vpermt2ps looks up 32
+//   bits 6..8   vpermt2w looks up 64 low halves of entries, and 64 high halves, for two registers at once; masks choose among tables
 template <int bits>
 struct Decoder512 {
   static constexpr int kTables = bits <= 4 ? 1 : 1 << (bits - 4);
-  __m512 table[kTables];
+  __m512i table[kTables];  // from 6 bits on: low halves of 32 entries a register, then their high halves
 
   KMQ_AVX512_INLINE void load(const float* codebook) {
     if constexpr (bits < 4) {
       const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
       const __m512i entry = _mm512_and_si512(lanes, _mm512_set1_epi32((1 << bits) - 1));
-      table[0] = _mm512_permutexvar_ps(entry, _mm512_maskz_loadu_ps(first_lanes(1 << bits), codebook));
+      table[0] = _mm512_permutexvar_epi32(entry, _mm512_maskz_loadu_epi32(first_lanes(1 << bits), codebook));
     } else {
 #pragma GCC unroll 16
-      for (int t = 0; t < kTables; ++t) table[t] = _mm512_loadu_ps(codebook + 16 * t);
+      for (int t = 0; t < kTables; ++t) {
+        if constexpr (bits <= 5) {
+          table[t] = _mm512_loadu_si512(codebook + 16 * t);
+        } else {
+          const int first = t % (kTables / 2) * 32, shift = t < kTables / 2 ? 0 : 16;
+          const __m512i a = _mm512_loadu_si512(codebook + first), b = _mm512_loadu_si512(codebook + first + 16);
+          table[t] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a, shift))),
+                                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(b, shift)), 1);
+        }
+      }
     }
   }
 
-  KMQ_AVX512_INLINE __m512 look_up(__m512i index) const {
+  // Of entries, or of halves of them from table `first` on.
+  KMQ_AVX512_INLINE __m512i look_up(__m512i index, int first = 0) const {
     if constexpr (bits <= 4) {
-      return _mm512_permutexvar_ps(index, table[0]);
+      return _mm512_permutexvar_epi32(index, table[0]);
+    } else if constexpr (bits == 5) {
+      return _mm512_permutex2var_epi32(table[0], index, table[1]);
     } else {
-      __m512 found[kTables / 2];
-#pragma GCC unroll 8
-      for (int t = 0; t < kTables / 2; ++t) found[t] = _mm512_permutex2var_ps(table[2 * t], index, table[2 * t + 1]);
-#pragma GCC unroll 3
-      for (int bit = 5; bit < bits; ++bit) {
-        const __mmask16 upper = _mm512_movepi32_mask(_mm512_slli_epi32(index, 31 - bit));
+      __m512i found[kTables / 4];
 #pragma GCC unroll 4
-        for (int t = 0; t < 4; ++t)
-          if (t < kTables >> (bit - 3)) found[t] = _mm512_mask_mov_ps(found[2 * t], upper, found[2 * t + 1]);
+      for (int t = 0; t < kTables / 4; ++t) found[t] = _mm512_permutex2var_epi16(table[first + 2 * t], index, table[first + 2 * t + 1]);
+#pragma GCC unroll 2
+      for (int bit = 6; bit < bits; ++bit) {
+        const __mmask32 upper = _mm512_test_epi16_mask(index, _mm512_set1_epi16(1 << bit));
+#pragma GCC unroll 2
+        for (int t = 0; t < 2; ++t)
+          if (t < kTables >> (bit - 3)) found[t] = _mm512_mask_mov_epi16(found[2 * t], upper, found[2 * t + 1]);
       }
       return found[0];
     }
   }
 
-  // out(column, chain, weights) for the 8 registers of a block.
+  // out(column, chain, weights) for the 8 registers of a block; chain 0..7 tells neighbouring calls apart.
   template <typename Out>
   KMQ_AVX512_INLINE void block(const uint8_t* block, Out& out) const {
     const Planes512<bits> planes(block);
 #pragma GCC unroll 8
-    for (int field = 0; field < 8; ++field) out(16 * field, field, look_up(planes.index(field)));
+    for (int field = 0; field < (bits <= 5 ? 8 : 4); ++field) {
+      const __m512i index = planes.index(field);
+      if constexpr (bits <= 5) {
+        out(16 * field, field, _mm512_castsi512_ps(look_up(index)));
+      } else {
+        const __m512i low = look_up(index), high = look_up(index, kTables / 2);
+        out(16 * field, 2 * field, _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high)));
+        out(16 * field + 64, 2 * field + 1, _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high)));
+      }
+    }
   }
 };
 
