@@ -34,7 +34,7 @@ import torch
 
 from . import ops
 from .checkpoint_plan import Shard, StreamPlan, Unit
-from .checkpoint_stream import STATE, OutputError, Stream, Times, file_record, output_errors, sync_folder, write_file
+from .checkpoint_stream import STATE, OutputError, Stream, Times, file_record, output_errors, write_file
 from .hf import MODEL_CARD
 from .ranks import Ranks
 from .tensor_files import (
@@ -45,6 +45,7 @@ from .tensor_files import (
     open_regular,
     read_json,
     stored_tensors,
+    sync,
 )
 
 MANIFEST = "kmq_manifest.json"
@@ -309,7 +310,7 @@ def _publish(plan: StreamPlan, out: Path, wanted: dict[str, Any]) -> None:
         manifest["sha256"] = _own_digest(manifest)
         write_file(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode(), state)
         shutil.rmtree(state)
-        sync_folder(out)
+        sync(out)
 
 
 def _side_files(plan: StreamPlan) -> Iterator[tuple[Path, bytes | Iterable[bytes]]]:

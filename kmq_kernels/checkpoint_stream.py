@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .checkpoint_plan import Shard, StreamPlan, Unit
 from .encoding import encode_weights
-from .tensor_files import CheckpointError, StoredTensor, header_bytes, open_regular
+from .tensor_files import CheckpointError, StoredTensor, header_bytes, open_regular, sync
 
 STATE = ".kmq"
 OUTPUT_FAILED = 3  # exit code: the output could not be written; the same command goes on
@@ -146,14 +146,6 @@ def output_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}{kept}") from None
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_file(path: Path, content: bytes | Iterable[bytes], scratch: Path) -> None:
     """A file that is complete when it has its name: written in the folder `scratch`, synced, renamed."""
     partial = scratch / f"{path.name}.{secrets.token_hex(4)}.partial"
@@ -163,7 +155,7 @@ def write_file(path: Path, content: bytes | Iterable[bytes], scratch: Path) -> N
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def file_record(path: Path) -> dict[str, Any]:
@@ -220,7 +212,7 @@ class _ShardFile:
             record = file_record(self._path)
             write_file(self.out / STATE / f"{self.shard.name}.json", json.dumps(record).encode(), self.out / STATE)
             os.replace(self._path, self.out / self.shard.name)
-            sync_folder(self.out)
+            sync(self.out)
 
     def discard(self) -> None:
         """Removes an unfinished shard, so that it takes no space."""

@@ -40,6 +40,7 @@ from .hf import MODEL_CARD, CheckpointError, checkpoint_files, load
 from .modules import CodebookModule
 from .quantize import HEADS, check_budget, model_size, plan, quantize_
 from .tasks import Task, tokenize
+from .tensor_files import sync
 
 log = logging.getLogger(__name__)
 
@@ -323,20 +324,12 @@ def publish(folder: Path) -> Iterator[Path]:
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
-                _sync(file)
+                sync(file)
         os.replace(partial, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -344,7 +337,7 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(json.dumps(content, indent=2) + "\n")
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

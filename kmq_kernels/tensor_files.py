@@ -92,6 +92,15 @@ def open_regular(path: Path) -> Iterator[FileIO]:
         yield file
 
 
+def sync(path: Path) -> None:
+    """Has the disk keep what was written to a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def read_exactly(file: FileIO, count: int) -> bytes:
     """`count` bytes of a raw file, which may give less at a time."""
     parts = []

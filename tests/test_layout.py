@@ -31,7 +31,7 @@ ALLOWED = {
     "checkpoint_stream": {"checkpoint_plan", "encoding", "tensor_files"},
     "checkpoint": {"checkpoint_plan", "checkpoint_stream", "hf", "ops", "ranks", "tensor_files"},
     "tasks": set(),
-    "pipeline": {"quantize", "modules", "config", "hf", "sensitivity", "tasks"},
+    "pipeline": {"quantize", "modules", "config", "hf", "sensitivity", "tasks", "tensor_files"},
     "comparison": {"config", "pipeline", "tasks"},
     "report": set(),
     "cli_options": set(),
