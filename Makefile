@@ -24,7 +24,7 @@ $(VENV)/installed: requirements/dev.txt requirements/demo.txt | $(BIN)/python
 	$(BIN)/pip install -q --no-deps -r requirements/demo.txt
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+$(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type f)
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -35,7 +35,7 @@ sanitize:
 	mkdir -p build
 	for driver in tests/sanitize/*.cpp; do \
 	  $(CXX) -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc -o build/sanitize \
-	    $$driver csrc/cpu/*.cpp && build/sanitize && KMQ_CPU_PATH=avx2 build/sanitize && KMQ_CPU_PATH=scalar build/sanitize || exit 1; done
+	    $$driver $$(find csrc/cpu -name "*.cpp") && build/sanitize && KMQ_CPU_PATH=avx2 build/sanitize && KMQ_CPU_PATH=scalar build/sanitize || exit 1; done
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

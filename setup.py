@@ -61,7 +61,7 @@ cxx = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-Wall",
 # at::parallel_for runs serially in a file compiled without OpenMP. Only the compiler is told: the runtime is the one torch loads.
 if sys.platform == "linux":
     cxx.append("-fopenmp")
-cpp_sources = ["csrc/bindings.cpp", *sources("csrc/cpu/*.cpp")]
+cpp_sources = ["csrc/bindings.cpp", *sources("csrc/cpu/**/*.cpp")]
 if wants_cuda():
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(DEFAULT_ARCHS))
     cuda = torch.version.cuda

@@ -22,10 +22,9 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, logging
 import kmq_kernels as kmq
 from kmq_kernels import sensitivity
 from kmq_kernels.hf import load
-from kmq_kernels.pipeline import calibration_batches
-from kmq_kernels.quantize import model_size
+from kmq_kernels.quantization import model_size
 from kmq_kernels.report import Value
-from kmq_kernels.tasks import load_task, tokenize
+from kmq_kernels.training import calibration_batches, load_task, tokenize
 
 CONFIGURATIONS = {
     "uniform, 2 bits": kmq.KMQConfig(bits=2),

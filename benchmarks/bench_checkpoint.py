@@ -25,7 +25,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from kmq_kernels.clustering import cluster_matrices
-from kmq_kernels.tensor_files import header_bytes
+from kmq_kernels.files import header_bytes
 
 HIDDEN, INTERMEDIATE, VOCABULARY, FILES = 2560, 10240, 30522, 20
 START_UP = 4.0  # seconds from emptying the page cache until the command reads

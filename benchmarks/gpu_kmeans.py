@@ -18,7 +18,7 @@ import kmq_kernels as kmq
 from benchmarks.shapes import BERT_BASE, BERT_LARGE, SEVEN_B
 from kmq_kernels.triton_kernels.assign import assign
 from kmq_kernels.triton_kernels.kmeans import Plan
-from kmq_kernels.triton_kernels.kmeans_rows import SMALL
+from kmq_kernels.triton_kernels.kmeans.rows import SMALL
 from kmq_kernels.triton_kernels.update import step
 
 Row = dict[str, Any]
@@ -106,7 +106,12 @@ def check_plan(plan: Plan, num_centroids: int, checked: int) -> list[float]:
 
 
 def whole_model(
-    name: str, shapes: list[tuple[int, int]], num_centroids: int, clock: Clock, bandwidth: float, dtype: torch.dtype,
+    name: str,
+    shapes: list[tuple[int, int]],
+    num_centroids: int,
+    clock: Clock,
+    bandwidth: float,
+    dtype: torch.dtype,
     checked: int = 3,
 ) -> tuple[Row, list[Tensor]]:
     """One codebook a matrix: checked, then timed, eagerly and (on a device) as a CUDA graph."""

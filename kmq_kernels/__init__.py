@@ -3,12 +3,10 @@
 __version__ = "0.1.0"
 
 from .clustering import KMeansResult, kmeans, linear_codebook
-from .config import KMQConfig
-from .decode_ahead import DecodeAhead
 from .hf import load
-from .modules import CodebookEmbedding, CodebookLinear
+from .layers import CodebookEmbedding, CodebookLinear, DecodeAhead
 from .ops import build_info, codebook_embedding, codebook_grad, codebook_linear, pack, unpack
-from .quantize import dequantize_, quantize_
+from .quantization import KMQConfig, dequantize_, quantize_
 
 __all__ = [
     "CodebookEmbedding",

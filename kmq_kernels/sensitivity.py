@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .config import KMQConfig
-from .quantize import plan
+from .quantization import KMQConfig, plan
 
 Batch = dict[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]

@@ -21,8 +21,7 @@ import torch
 from checkpoints import content
 
 import kmq_kernels as kmq
-from kmq_kernels import checkpoint, checkpoint_plan, checkpoint_stream
-from kmq_kernels.ranks import Ranks
+from kmq_kernels.checkpoint import Ranks, make_plan, quantize_checkpoint
 
 # What a run is doing: the first of these functions that is on the stack. Everything else in these modules is "between".
 PHASES = {
@@ -36,7 +35,7 @@ PHASES = {
     "_publish": "publish",
 }
 NAMES = [*PHASES.values(), "between"]
-_WATCHED = {checkpoint.__file__, checkpoint_plan.__file__, checkpoint_stream.__file__}
+_WATCHED = {sys.modules[f"kmq_kernels.checkpoint.{name}"].__file__ for name in ("quantize", "plan", "stream", "verify")}
 
 
 class Watch:
@@ -71,14 +70,14 @@ class Jobs:
     def __init__(self, source, options):
         self.source, self.options = source, options
         torch.set_num_threads(1)
-        checkpoint_plan.make_plan(source, kmq.KMQConfig())
+        make_plan(source, kmq.KMQConfig())
 
     def command(self, out, pause):
         """What `kmq quantize` does."""
         shard_bytes = self.options.get("shard_bytes", 256_000_000)
-        plan = checkpoint_plan.make_plan(self.source, kmq.KMQConfig(bits=self.options["bits"]), shard_bytes=shard_bytes)
+        plan = make_plan(self.source, kmq.KMQConfig(bits=self.options["bits"]), shard_bytes=shard_bytes)
         with Ranks.of_environment() as ranks:
-            checkpoint.quantize_checkpoint(plan, out, ranks=ranks, on_progress=lambda _: time.sleep(pause))
+            quantize_checkpoint(plan, out, ranks=ranks, on_progress=lambda _: time.sleep(pause))
 
     def start(self, out, environment=None, watch=None, pause=0.0, counts=None):
         """A run in a child; its counts go into the file `counts`."""

@@ -5,8 +5,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 import kmq_kernels as kmq
-from kmq_kernels.checkpoint import quantize_checkpoint
-from kmq_kernels.checkpoint_plan import make_plan
+from kmq_kernels.checkpoint import make_plan, quantize_checkpoint
 
 
 def quantize(source, out, *, model_class=None, shard_bytes=256_000_000, on_progress=None, **options):

@@ -210,9 +210,7 @@ def _batch(values: Tensor, labels: Tensor, sample_weight: Tensor | None) -> work
     return worklist.build_batch(values, labels, sample_weight, TILE)
 
 
-def update(
-    values: Tensor, assignments: Tensor, num_centroids: int, sample_weight: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def update(values: Tensor, assignments: Tensor, num_centroids: int, sample_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sums of weight * value and of weight per cluster, (B, K) fp64; values (B, N) fp32, bf16 or fp16, assignments (B, N) uint8.
 
     Products and the sums of a tile are fp32, what is beyond is fp64.

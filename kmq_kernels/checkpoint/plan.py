@@ -1,0 +1,269 @@
+"""What a quantized checkpoint will hold, decided from headers and config.json: tensors, bits, shards.
+
+The model is built on the meta device, so that names, ties, classes and the choice of layers are those of transformers and
+`quantize_`; no weight is read. The order of the output and the borders of its shards depend on the model and the shard size
+alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import pickle
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from .. import __version__, ops
+from ..files import DTYPE_NAMES, OTHER_WEIGHTS, WEIGHTS, CheckpointError, StoredTensor, files_below, one_line, stored_tensors
+from ..quantization import KMQConfig, name_matches, plan, swap_empty
+
+SHARD_BYTES = 256_000_000
+T = TypeVar("T")
+
+
+_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def find_source(model: str, revision: str | None = None) -> tuple[Path, Path | None]:
+    """The folder of a model, and the `root` for `make_plan`: `model` itself, or what huggingface_hub downloads for a hub id.
+
+    Raises CheckpointError where there is neither.
+    """
+    path = Path(model)
+    if path.exists() or not _REPO_ID.fullmatch(model):
+        return path, None
+    from huggingface_hub import snapshot_download
+
+    unread = [f"*{suffix}" for suffix in OTHER_WEIGHTS if suffix != ".safetensors"]
+    try:
+        folder = Path(snapshot_download(model, revision=revision, ignore_patterns=unread))
+    except Exception as error:  # no network, no such model, no permission: each has its own class
+        raise CheckpointError(f"{model}: no such folder, and the hub does not give it ({one_line(error)})") from None
+    return folder, folder.parent.parent  # the files of a snapshot are links into the cache of the repository
+
+
+class Output(NamedTuple):
+    """A tensor of the output."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Unit(NamedTuple):
+    """One stored tensor and what it becomes: itself (`bits` None, one output) or a codebook and packed indices."""
+
+    name: str
+    source: StoredTensor
+    dtype: torch.dtype  # of the model: what from_pretrained would cast the tensor to
+    bits: int | None
+    group_rows: int
+    outputs: tuple[Output, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the output."""
+        return sum(output.nbytes for output in self.outputs)
+
+
+class Shard(NamedTuple):
+    """A file of the output."""
+
+    name: str
+    units: tuple[Unit, ...]
+
+    @property
+    def tensors(self) -> list[tuple[str, str, tuple[int, ...], int]]:
+        """What `header_bytes` needs."""
+        return [(o.name, DTYPE_NAMES[o.dtype], o.shape, o.nbytes) for unit in self.units for o in unit.outputs]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(unit.nbytes for unit in self.units)
+
+    @property
+    def work(self) -> int:
+        """Bytes to read: what the ranks share out."""
+        return sum(unit.source.nbytes for unit in self.units)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamPlan:
+    """Everything about the output but its weights.
+
+    left_out: tensors of the checkpoint that the model class does not have. unmatched: patterns of the configuration that match no
+    embedding or linear layer.
+    """
+
+    source: Path
+    model_class: str
+    dtype: torch.dtype
+    shards: tuple[Shard, ...]
+    left_out: tuple[str, ...]
+    unmatched: tuple[str, ...]
+    config: KMQConfig  # as asked for
+    config_json: str  # of the output, the quantization config resolved
+    parameters: int
+    shard_bytes: int
+    root: Path  # links of the source may lead anywhere below
+
+    @property
+    def units(self) -> list[Unit]:
+        """All units, in the order of the output."""
+        return [unit for shard in self.shards for unit in shard.units]
+
+    def request(self, device: str) -> dict[str, Any]:
+        """What makes two runs the same: with it, the bytes of every file of the output are determined."""
+        files: dict[str, list[str]] = {}
+        for unit in self.units:
+            files.setdefault(unit.source.file.name, []).append(repr(unit.source[1:]))
+        return {
+            "kmq_kernels": __version__,
+            "model_class": self.model_class,
+            "quantization": self.config.to_dict(),
+            "shard_bytes": self.shard_bytes,
+            "engine": device if device != "cpu" or ops.has_kernel("kmeans", "CPU") else "cpu, plain",
+            "source": {name: _digest("\n".join(sorted(tensors)).encode()) for name, tensors in sorted(files.items())},
+        }
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def in_child(work: Callable[[], T]) -> T:
+    """Result of `work`, done in a process of its own: the model classes it imports (150 MB) do not stay in memory here.
+
+    Done in this process where there are other threads, with which a fork is not safe. Raises what `work` raises.
+    """
+    if threading.active_count() > 1 or not hasattr(os, "fork"):
+        return work()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            try:
+                answer = pickle.dumps((True, work()))
+            except Exception as error:
+                answer = pickle.dumps((False, error))
+            with open(send, "wb") as pipe:
+                pipe.write(answer)
+        finally:
+            os._exit(0)
+    os.close(send)
+    with open(receive, "rb") as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if not answer or status:
+        raise CheckpointError(f"the process that reads config.json and headers ended early (status {status})")
+    done, value = pickle.loads(answer)
+    if not done:
+        raise value
+    return value
+
+
+def make_plan(
+    source: Path,
+    config: KMQConfig,
+    *,
+    model_class: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    root: Path | None = None,
+) -> StreamPlan:
+    """Decides what `quantize_checkpoint` will do; reads headers and config.json only.
+
+    source: folder of a transformers model in safetensors. model_class: name of a class of transformers; default the one
+    config.json names, or the base model where the checkpoint holds nothing more. root: links out of it are refused, default
+    source. Raises CheckpointError with a sentence for anything that cannot be read safely or would not load completely.
+    """
+    from . import model as models  # not above: it takes 150 MB, and the process that streams does without
+
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes: expected at least 1, got {shard_bytes}")
+    if config.has_budget or config.needs_fisher:
+        raise ValueError("allocation: a stream knows no sensitivities and no whole model; expected bits or module_bits")
+    if source.is_dir():
+        files_below(source, root)
+    stored = stored_tensors(source)
+    dtype = models.model_dtype(source, stored)
+    model, sources, left_out = models.build_model(source, stored, model_class, dtype)
+    kept = models.kept_names(model)
+    chosen = plan(model, config)
+    if not chosen.bits:
+        raise CheckpointError(f"{source}: {type(model).__name__} has no embedding or linear layer to quantize")
+    weights: dict[str, tuple[str, int]] = {}  # kept name of a weight -> the name that stands for it in `chosen`, bits
+    for name, bits in chosen.bits.items():
+        weights[kept[f"{name}.weight"]] = (name, bits)
+    dense = model.state_dict(keep_vars=True)
+    modules = swap_empty(model, config)
+    units = []
+    for name in dict.fromkeys(kept[name] for name in dense if kept[name] in sources):
+        tensor, shape = sources[name], tuple(dense[name].shape)
+        if tensor.shape != shape:
+            raise CheckpointError(f"{tensor.file}: {tensor.name} has shape {tensor.shape}, config.json asks for {shape}")
+        if name not in weights:
+            output = Output(name, dense[name].dtype, shape)
+            units.append(Unit(name, tensor, output.dtype, None, 0, (output,)))
+            continue
+        if not tensor.torch_dtype.is_floating_point or tensor.torch_dtype.itemsize < 2:
+            raise CheckpointError(f"{tensor.file}: {tensor.name} is {tensor.dtype}; F64, F32, F16 or BF16 can be quantized")
+        member, bits = weights[name]
+        module, prefix = modules[member], name.removesuffix("weight")
+        outputs = tuple(
+            Output(f"{prefix}{part}", parameter.dtype, tuple(parameter.shape)) for part, parameter in module.stored().items()
+        )
+        units.append(Unit(name, tensor, dense[name].dtype, bits, module.group_rows, outputs))
+    units.sort(key=lambda unit: _natural(unit.outputs[0].name))
+    resolved = dataclasses.replace(config, skip=chosen.left)
+    patterns = [*(config.skip or []), *(config.module_bits or {})]
+    layers = [*chosen.left, *(name for names in chosen.members.values() for name in names)]
+    return StreamPlan(
+        source=source,
+        model_class=type(model).__name__,
+        dtype=dtype,
+        shards=_shards(units, shard_bytes),
+        left_out=tuple(left_out),
+        unmatched=tuple(pattern for pattern in patterns if not any(name_matches(pattern, name) for name in layers)),
+        config=config,
+        config_json=models.config_json(model, resolved, dtype),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        shard_bytes=shard_bytes,
+        root=root or source,
+    )
+
+
+def _natural(name: str) -> list[tuple[Any, ...]]:
+    """Layer 10 comes after layer 9: the order in which save_pretrained fills its files."""
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in name.split(".")]
+
+
+def _shards(units: list[Unit], shard_bytes: int) -> tuple[Shard, ...]:
+    """Filled in order; a codebook stays with its indices, and a unit larger than a shard is one of its own."""
+    files: list[list[Unit]] = [[]]
+    size = 0
+    for unit in units:
+        if files[-1] and size + unit.nbytes > shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(unit)
+        size += unit.nbytes
+    if len(files) == 1:
+        return (Shard(WEIGHTS, tuple(units)),)
+    stem = WEIGHTS.removesuffix(".safetensors")
+    return tuple(Shard(f"{stem}-{i:05d}-of-{len(files):05d}.safetensors", tuple(members)) for i, members in enumerate(files, 1))

@@ -1,0 +1,81 @@
+"""Folders checked against the checksums of their manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..files import CheckpointError, open_regular, read_json, stored_tensors
+from .stream import STATE, file_record
+
+MANIFEST = "kmq_manifest.json"
+DAMAGED = 5  # exit code: files do not match their checksums
+
+
+class DamagedError(CheckpointError):
+    """Files that do not match their checksums."""
+
+    exit_code = DAMAGED
+
+
+def check_files(out: Path, files: dict[str, dict[str, Any]]) -> list[str]:
+    """Sentences about the files that are not as recorded; several are read at a time."""
+
+    def check(name: str) -> str | None:
+        path = out / name
+        if path.is_symlink() or not path.is_file():
+            return f"{name} is missing"
+        with open_regular(path) as file, contextlib.suppress(OSError, AttributeError):
+            # What this process has just written is in the page cache; what counts is on the disk.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        found = file_record(path)
+        if found["bytes"] != files[name]["bytes"]:
+            return f"{name} has {found['bytes']} bytes, not {files[name]['bytes']}"
+        return None if found == files[name] else f"{name} does not match its checksum"
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return [sentence for sentence in pool.map(check, files) if sentence]
+
+
+def verify_checkpoint(out: Path) -> dict[str, Any]:
+    """Checks a model folder: every file against the manifest, where it has one, every header and the index in any case.
+
+    Returns {"files": checked against a checksum, "tensors": ..., "bytes": ...}. Raises DamagedError where a file is not as it
+    was made, CheckpointError where the folder is unfinished or no valid checkpoint.
+    """
+    if (out / STATE).is_dir():
+        raise CheckpointError(f"{out}: unfinished; the command that began it goes on from there")
+    files: dict[str, dict[str, Any]] = {}
+    if (out / MANIFEST).is_file():
+        files = read_manifest(out)["files"]
+        if wrong := check_files(out, files):
+            more = f", and {len(wrong) - 1} more files are not as they were made" if len(wrong) > 1 else ""
+            raise DamagedError(f"{out}: {wrong[0]}{more}")
+    tensors = stored_tensors(out)
+    read_json(out / "config.json")
+    return {"files": len(files), "tensors": len(tensors), "bytes": sum(tensor.nbytes for tensor in tensors.values())}
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    manifest = read_json(out / MANIFEST, "a manifest")
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(_is_record(name, record) for name, record in files.items()):
+        raise DamagedError(f"{out / MANIFEST}: not a manifest of this package")
+    if manifest.pop("sha256", None) != manifest_digest(manifest):
+        raise DamagedError(f"{out / MANIFEST}: it does not match its own checksum")
+    return manifest
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _is_record(name: str, record: Any) -> bool:
+    path = Path(name)
+    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    return inside and isinstance(record, dict) and set(record) == {"bytes", "sha256"}

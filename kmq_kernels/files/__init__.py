@@ -1,0 +1,42 @@
+"""Strangers' files read safely, and files that appear only when they are complete."""
+
+from .json import parse_json, read_json
+from .opening import CheckpointError, files_below, one_line, open_regular, read_exactly
+from .publishing import publish, sync, write_json
+from .tensors import (
+    DTYPE_NAMES,
+    DTYPES,
+    INDEX,
+    OTHER_WEIGHTS,
+    PICKLES,
+    WEIGHTS,
+    StoredTensor,
+    header_bytes,
+    read_header,
+    stored_tensors,
+    weight_files,
+)
+
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "INDEX",
+    "OTHER_WEIGHTS",
+    "PICKLES",
+    "WEIGHTS",
+    "CheckpointError",
+    "StoredTensor",
+    "files_below",
+    "header_bytes",
+    "one_line",
+    "open_regular",
+    "parse_json",
+    "publish",
+    "read_exactly",
+    "read_header",
+    "read_json",
+    "stored_tensors",
+    "sync",
+    "weight_files",
+    "write_json",
+]

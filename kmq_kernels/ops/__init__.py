@@ -1,0 +1,33 @@
+"""The ops of namespace `kmq`, one file a family: schema, checks, fake, autograd and registration of each, and the
+functions people call.
+
+The reference is registered as the default of every op; the C++ extension and the Triton launchers take over the devices and
+ops they have. _define.py alone knows the dispatcher."""
+
+from ._define import has_kernel
+from ._info import OPS, build_info
+from .assign import assign, update
+from .clustering import kmeans
+from .codes import dequantize, pack, unpack
+from .embedding import codebook_embedding
+from .gradients import codebook_grad
+from .linear import codebook_linear, codebook_linear_of_layer
+from .sparse import sparse_embedding, sparse_linear
+
+__all__ = [
+    "OPS",
+    "assign",
+    "build_info",
+    "codebook_embedding",
+    "codebook_grad",
+    "codebook_linear",
+    "codebook_linear_of_layer",
+    "dequantize",
+    "has_kernel",
+    "kmeans",
+    "pack",
+    "sparse_embedding",
+    "sparse_linear",
+    "unpack",
+    "update",
+]

@@ -1,0 +1,33 @@
+"""How a model is quantized: configuration, which weights, their bits, encoding; quantize_ and dequantize_."""
+
+from .allocation import BITS, BudgetError, by_eigenvalue, distortion_curves, least_error
+from .budget import check_budget
+from .config import PRESETS, QUANT_METHOD, KMQConfig, name_matches
+from .encoding import encode_weights, encoded_bytes
+from .plan import HEADS, Plan, plan
+from .quantize import quantize_
+from .size import ModelSize, model_size
+from .swap import dequantize_, swap_empty
+
+__all__ = [
+    "BITS",
+    "HEADS",
+    "PRESETS",
+    "QUANT_METHOD",
+    "BudgetError",
+    "KMQConfig",
+    "ModelSize",
+    "Plan",
+    "by_eigenvalue",
+    "check_budget",
+    "dequantize_",
+    "distortion_curves",
+    "encode_weights",
+    "encoded_bytes",
+    "least_error",
+    "model_size",
+    "name_matches",
+    "plan",
+    "quantize_",
+    "swap_empty",
+]

@@ -1,0 +1,125 @@
+"""Plain layers and codebook modules put in each other's place, with what was tied kept tied."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import STORED, CodebookEmbedding, CodebookLinear, CodebookModule
+from .config import QUANT_METHOD, KMQConfig
+from .plan import plan
+
+
+def _empty_like(module: nn.Module, bits: int, config: KMQConfig) -> CodebookModule:
+    weight = cast(Tensor, module.weight)
+    options: dict[str, Any] = {
+        "group_rows": config.rows_per_codebook(weight.shape[0]),
+        "grad_reduction": config.grad_reduction,
+        "row_scale": config.row_scale,
+        "outliers": config.outlier_count(weight.numel()),
+        "device": weight.device,
+        "dtype": weight.dtype,
+    }
+    new: CodebookModule
+    if isinstance(module, nn.Embedding):
+        new = CodebookEmbedding(module.num_embeddings, module.embedding_dim, bits, padding_idx=module.padding_idx, **options)
+    else:
+        linear = cast(nn.Linear, module)
+        new = CodebookLinear(linear.in_features, linear.out_features, bits, bias=linear.bias is not None, **options)
+        new.bias = linear.bias
+    return new.train(module.training)
+
+
+def _replace(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+
+
+def swap_empty(model: nn.Module, config: KMQConfig) -> dict[str, CodebookModule]:
+    """Puts empty codebook modules (zeros, or meta) in place of the layers that `plan` names; returns them by name."""
+    chosen = plan(model, config)
+    new: dict[str, nn.Module] = {}
+    made: dict[int, CodebookModule] = {}  # a module that stands at several places stays one module
+    for weight, bits in chosen.bits.items():
+        first: CodebookModule | None = None
+        for name in chosen.members[weight]:
+            old = model.get_submodule(name)
+            if id(old) not in made:
+                made[id(old)] = _empty_like(old, bits, config)
+                if first is None:
+                    first = made[id(old)]
+                for part, parameter in first.stored().items():
+                    setattr(made[id(old)], part, parameter)
+            new[name] = made[id(old)]
+    _replace(model, new)
+    _retie(model, new)
+    return cast("dict[str, CodebookModule]", new)
+
+
+def _retie(model: nn.Module, new: dict[str, nn.Module]) -> None:
+    """transformers ties parameters by name: X.weight becomes X.codebook, X.packed, ... for a codebook module X, or back."""
+    for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
+        keys = getattr(model, attribute, None)
+        if not isinstance(keys, dict):
+            continue
+        renamed = {}
+        for target, source in keys.items():
+            owner, _, parameter = target.rpartition(".")
+            module = next((m for name, m in new.items() if name == owner or name.endswith(f".{owner}")), None)
+            if module is None or parameter not in ("weight", *STORED):
+                renamed[target] = source
+                continue
+            for name in module.stored() if isinstance(module, CodebookModule) else ("weight",):
+                renamed[f"{owner}.{name}"] = f"{source.rpartition('.')[0]}.{name}"
+        setattr(model, attribute, renamed)
+
+
+def mark_quantized(model: Any, config: KMQConfig) -> None:
+    """What from_pretrained would set, so that save_pretrained and Trainer treat the model as quantized."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    model.config.quantization_config = config
+    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+
+
+def dequantize_(model: nn.Module) -> nn.Module:
+    """Swaps plain linear and embedding layers with the decoded weights back in, in place; returns the model.
+
+    The weights keep their 2**bits distinct values. Layers that shared codebook and indices share their weight again.
+    """
+    new: dict[str, nn.Module] = {}
+    made: dict[int, nn.Module] = {}
+    weights: dict[int, nn.Parameter] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, CodebookModule):
+            continue
+        if id(module) not in made:
+            with torch.no_grad():
+                weight = weights.setdefault(id(module.packed), nn.Parameter(module.weight.detach().clone()))
+            made[id(module)] = _plain(module, weight).train(module.training)
+        new[name] = made[id(module)]
+    _replace(model, new)
+    _retie(model, new)
+    config = getattr(model, "config", None)
+    if new and getattr(config, "quantization_config", None) is not None:
+        del cast(Any, config).quantization_config
+        model.hf_quantizer = None  # type: ignore[assignment]  # a class attribute of PreTrainedModel
+        model.is_quantized = False  # type: ignore[assignment]  # a class attribute, too
+    return model
+
+
+def _plain(module: CodebookModule, weight: nn.Parameter) -> nn.Module:
+    plain: nn.Module
+    if isinstance(module, CodebookEmbedding):
+        plain = nn.Embedding(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, device="meta")
+    else:
+        linear = cast(CodebookLinear, module)
+        plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        plain.bias = linear.bias  # type: ignore[assignment]  # None is allowed, torch's annotation says otherwise
+    plain.weight = weight  # type: ignore[assignment]  # nn.Module's attributes are Tensor or Module to mypy
+    return plain

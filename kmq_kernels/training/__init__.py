@@ -1,0 +1,32 @@
+"""Tasks, the three stages on transformers' Trainer, and comparisons of many configurations."""
+
+from .comparison import Comparison, Variant, read_variants, standard_variants
+from .finetune import calibration_batches, distillation_loss, evaluate, finetune, parameter_groups
+from .models import EMBEDDED_MODEL, load_for_task, resolve_model, save
+from .run import Run
+from .settings import PipelineError, SensitivitySettings, TrainingSettings
+from .tasks import Task, TaskError, load_task, tokenize
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "Comparison",
+    "PipelineError",
+    "Run",
+    "SensitivitySettings",
+    "Task",
+    "TaskError",
+    "TrainingSettings",
+    "Variant",
+    "calibration_batches",
+    "distillation_loss",
+    "evaluate",
+    "finetune",
+    "load_for_task",
+    "load_task",
+    "parameter_groups",
+    "read_variants",
+    "resolve_model",
+    "save",
+    "standard_variants",
+    "tokenize",
+]
