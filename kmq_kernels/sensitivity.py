@@ -12,7 +12,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -169,10 +169,10 @@ def _largest(gradient: Tensor, weight: Tensor, iterations: int, tol: float, gene
 
 
 def _weights(model: nn.Module, config: KMQConfig | None) -> dict[str, Tensor]:
-    names = plan(model, config or KMQConfig()).bits
-    if not names:
+    weights = plan(model, config or KMQConfig()).quantized
+    if not weights:
         raise SensitivityError("model: it has no embedding or linear layer to quantize (or is quantized already)")
-    return {name: cast(Tensor, model.get_submodule(name).weight) for name in names}
+    return {weight.name: weight.tensor for weight in weights}
 
 
 def _gradients(

@@ -23,7 +23,7 @@ import torch
 
 from .. import __version__, ops
 from ..files import DTYPE_NAMES, OTHER_WEIGHTS, WEIGHTS, CheckpointError, StoredTensor, files_below, one_line, stored_tensors
-from ..quantization import KMQConfig, name_matches, plan, swap_empty
+from ..quantization import KMQConfig, name_matches, plan, swap
 
 SHARD_BYTES = 256_000_000
 T = TypeVar("T")
@@ -205,13 +205,11 @@ def make_plan(
     model, sources, left_out = models.build_model(source, stored, model_class, dtype)
     kept = models.kept_names(model)
     chosen = plan(model, config)
-    if not chosen.bits:
+    if not chosen.quantized:
         raise CheckpointError(f"{source}: {type(model).__name__} has no embedding or linear layer to quantize")
-    weights: dict[str, tuple[str, int]] = {}  # kept name of a weight -> the name that stands for it in `chosen`, bits
-    for name, bits in chosen.bits.items():
-        weights[kept[f"{name}.weight"]] = (name, bits)
+    weights = {kept[weight.parameter]: weight for weight in chosen.quantized}
     dense = model.state_dict(keep_vars=True)
-    modules = swap_empty(model, config)
+    modules = swap(model, chosen.quantized, config)
     units = []
     for name in dict.fromkeys(kept[name] for name in dense if kept[name] in sources):
         tensor, shape = sources[name], tuple(dense[name].shape)
@@ -223,16 +221,16 @@ def make_plan(
             continue
         if not tensor.torch_dtype.is_floating_point or tensor.torch_dtype.itemsize < 2:
             raise CheckpointError(f"{tensor.file}: {tensor.name} is {tensor.dtype}; F64, F32, F16 or BF16 can be quantized")
-        member, bits = weights[name]
-        module, prefix = modules[member], name.removesuffix("weight")
+        weight = weights[name]
+        module, prefix = modules[weight.name], name.removesuffix("weight")
         outputs = tuple(
             Output(f"{prefix}{part}", parameter.dtype, tuple(parameter.shape)) for part, parameter in module.stored().items()
         )
-        units.append(Unit(name, tensor, dense[name].dtype, bits, module.group_rows, outputs))
+        units.append(Unit(name, tensor, dense[name].dtype, weight.bits, module.group_rows, outputs))
     units.sort(key=lambda unit: _natural(unit.outputs[0].name))
     resolved = dataclasses.replace(config, skip=chosen.left)
     patterns = [*(config.skip or []), *(config.module_bits or {})]
-    layers = [*chosen.left, *(name for names in chosen.members.values() for name in names)]
+    layers = [name for weight in chosen.weights for name in weight.modules]
     return StreamPlan(
         source=source,
         model_class=type(model).__name__,

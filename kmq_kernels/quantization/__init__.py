@@ -4,10 +4,10 @@ from .allocation import BITS, BudgetError, by_eigenvalue, distortion_curves, lea
 from .budget import check_budget
 from .config import PRESETS, QUANT_METHOD, KMQConfig, name_matches
 from .encoding import encode_weights, encoded_bytes
-from .plan import HEADS, Plan, plan
+from .plan import HEADS, Plan, Weight, plan
 from .quantize import quantize_
 from .size import ModelSize, model_size
-from .swap import dequantize_, swap_empty
+from .swap import dequantize_, swap, swap_empty
 
 __all__ = [
     "BITS",
@@ -18,6 +18,7 @@ __all__ = [
     "KMQConfig",
     "ModelSize",
     "Plan",
+    "Weight",
     "by_eigenvalue",
     "check_budget",
     "dequantize_",
@@ -29,5 +30,6 @@ __all__ = [
     "name_matches",
     "plan",
     "quantize_",
+    "swap",
     "swap_empty",
 ]

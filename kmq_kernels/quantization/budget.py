@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import cast
 
 from torch import Tensor, nn
 
@@ -12,7 +11,7 @@ from . import allocation
 from ._progress import weight_bar
 from .config import KMQConfig
 from .encoding import encoded_bytes
-from .plan import Plan, plan
+from .plan import Weight, plan
 
 
 def _exactly(name: str, model: nn.Module) -> str:
@@ -25,46 +24,45 @@ def _exactly(name: str, model: nn.Module) -> str:
 def check_budget(model: nn.Module, config: KMQConfig) -> None:
     """Raises BudgetError, with the smallest possible, where the model cannot meet the config's budget; looks at shapes only."""
     if config.has_budget:
-        _budget(model, config, plan(model, config))
+        _budget(model, config, plan(model, config).quantized)
 
 
-def _budget(model: nn.Module, config: KMQConfig, chosen: Plan) -> tuple[list[str], list[list[int]], int]:
+def _budget(model: nn.Module, config: KMQConfig, weights: list[Weight]) -> tuple[list[Weight], list[list[int]], int]:
     """The weights that may get any bits, what each costs at 1 to 8 bits, and what all of them may cost together."""
-    fixed = {name for name, members in chosen.members.items() if any(config.bits_for(m)[1] for m in members)}
-    free = [name for name in chosen.bits if name not in fixed]
-    weights = {name: cast(Tensor, model.get_submodule(name).weight) for name in chosen.bits}
+    free = [weight for weight in weights if not weight.given]
 
-    def cost(name: str, bits: int) -> int:
-        rows, cols = weights[name].shape
-        return encoded_bytes(rows, cols, bits, config, weights[name].element_size())
+    def cost(weight: Weight, bits: int) -> int:
+        rows, cols = weight.tensor.shape
+        return encoded_bytes(rows, cols, bits, config, weight.tensor.element_size())
 
-    quantized = {id(weight) for weight in weights.values()}
+    quantized = {id(weight.tensor) for weight in weights}
     others = [p for p in model.parameters() if id(p) not in quantized]
-    taken = sum(p.numel() * p.element_size() for p in others) + sum(cost(name, chosen.bits[name]) for name in fixed)
+    taken = sum(p.numel() * p.element_size() for p in others)
+    taken += sum(cost(weight, weight.bits or 0) for weight in weights if weight.given)
     if config.size is not None:
-        taken += _header_bound(model, chosen, config)
+        taken += _header_bound(model, weights, config)
         budget = config.size
     elif config.bits_per_weight is not None:
         budget = int(config.bits_per_weight * sum(p.numel() for p in model.parameters()) / 8)
     else:
-        budget = taken + sum(cost(name, config.bits) for name in free)
-    costs = [[cost(name, bits) for bits in allocation.BITS] for name in free]
+        budget = taken + sum(cost(weight, config.bits) for weight in free)
+    costs = [[cost(weight, bits) for bits in allocation.BITS] for weight in free]
     least = taken + sum(row[0] for row in costs)
     if budget < least:
         raise _too_small(config, least, model)
     return free, costs, budget - taken
 
 
-def with_allocated_bits(
+def allocate_bits(
     model: nn.Module,
     config: KMQConfig,
-    chosen: Plan,
+    weights: list[Weight],
     importance: dict[str, Tensor],
     eigenvalues: dict[str, float] | None,
     progress: bool | None,
 ) -> KMQConfig:
-    """The config with the bits of every module that had none of its own, so that the model meets the budget."""
-    free, costs, budget = _budget(model, config, chosen)
+    """Gives every weight that had no bits of its own those with which the model meets the budget; the config that says so."""
+    free, costs, budget = _budget(model, config, weights)
     if not free:
         return config
     least = allocation.fewest_bits(costs, budget)
@@ -72,22 +70,23 @@ def with_allocated_bits(
     if config.allocation == "uniform":
         choice = [max(c for c in range(len(costs[0])) if sum(row[c] for row in costs) <= budget)] * len(free)
     elif config.allocation == "hessian":
-        missing = [name for name in free if name not in (eigenvalues or {})]
+        missing = [weight.name for weight in free if weight.name not in (eigenvalues or {})]
         if eigenvalues is None or missing:
             raise ValueError(f"eigenvalues: allocation 'hessian' needs one for every module, none for {missing[0]}")
-        choice = allocation.by_eigenvalue(costs, [eigenvalues[name] for name in free], budget)
+        choice = allocation.by_eigenvalue(costs, [eigenvalues[weight.name] for weight in free], budget)
     else:
-        weights = [cast(Tensor, model.get_submodule(name).weight).detach() for name in free]
-        with weight_bar("distortion at 1 to 8 bits", weights, progress) as bar:
+        with weight_bar("distortion at 1 to 8 bits", [weight.tensor for weight in free], progress) as bar:
             curves = allocation.distortion_curves(
-                weights,
+                [weight.tensor.detach() for weight in free],
                 config,
-                importance=[importance.get(name) for name in free] if config.allocation == "fisher" else None,
-                names=[f"{name}.weight" for name in free],
-                on_done=lambda i: bar.update(weights[i].numel()) and None,
+                importance=[importance.get(weight.name) for weight in free] if config.allocation == "fisher" else None,
+                names=[weight.parameter for weight in free],
+                on_done=lambda i: bar.update(free[i].tensor.numel()) and None,
             )
         choice = allocation.least_error(costs, curves[:, least - 1 :].tolist(), budget)
-    found = {_exactly(name, model): least + c for name, c in zip(free, choice, strict=True)}
+    for weight, c in zip(free, choice, strict=True):
+        weight.bits = least + c
+    found = {_exactly(weight.name, model): least + c for weight, c in zip(free, choice, strict=True)}
     return dataclasses.replace(config, module_bits={**(config.module_bits or {}), **found})
 
 
@@ -100,13 +99,14 @@ def _too_small(config: KMQConfig, least: int, model: nn.Module) -> allocation.Bu
     )
 
 
-def _header_bound(model: nn.Module, chosen: Plan, config: KMQConfig) -> int:
+def _header_bound(model: nn.Module, weights: list[Weight], config: KMQConfig) -> int:
     """Bytes that the header of the safetensors file can take at most."""
     digits = len(str(sum(p.numel() * p.element_size() for p in model.parameters())))
     fixed = len('"":{"dtype":"BF16","shape":[],"data_offsets":[,]},') + 2 * digits
     stored = 2 + config.row_scale + 2 * (config.outlier_fraction > 0)
     total = 128  # length field, metadata, padding
+    names = {weight.parameter for weight in weights}
     for name, parameter in model.named_parameters():
-        parts = stored if name.removesuffix(".weight") in chosen.bits else 1
+        parts = stored if name in names else 1
         total += parts * (len(name) + len("outlier_values") + fixed + len(str(list(parameter.shape))))
     return total

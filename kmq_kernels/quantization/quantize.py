@@ -1,20 +1,22 @@
-"""quantize_ and dequantize_: a model's embeddings and linear layers to codebook modules, in place, and back."""
+"""quantize_: a model's embeddings and linear layers to codebook modules, in place.
+
+The way of a weight: `plan` makes a record of it (plan.py), a budget sets its bits (budget.py), encoding finds what stands for it
+(encoding.py), and the swap puts codebook modules that hold this in the place of its layers (swap.py).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from ..layers import CodebookModule
 from ._progress import weight_bar
-from .budget import with_allocated_bits
+from .budget import allocate_bits
 from .config import KMQConfig
 from .encoding import encode_weights
-from .plan import plan
-from .swap import mark_quantized, swap_empty
+from .plan import Weight, plan
+from .swap import mark_quantized, swap
 
 
 def quantize_(
@@ -38,35 +40,34 @@ def quantize_(
     """
     if any(isinstance(module, CodebookModule) for module in model.modules()):
         raise ValueError("model: it is quantized already; use dequantize_ first")
-    chosen = plan(model, config)
-    if not chosen.bits:
+    weights = plan(model, config)
+    chosen = weights.quantized
+    if not chosen:
         raise ValueError("model: it has no embedding or linear layer to quantize")
-    unknown = (set(sample_weight or {}) | set(eigenvalues or {})) - set(chosen.bits)
-    if unknown:
-        what = "sample_weight" if unknown & set(sample_weight or {}) else "eigenvalues"
-        raise ValueError(f"{what}: {sorted(unknown)[0]} is not a weight that is quantized")
+    for what, given in (("sample_weight", sample_weight), ("eigenvalues", eigenvalues)):
+        if unknown := sorted(set(given or {}) - {weight.name for weight in chosen}):
+            raise ValueError(f"{what}: {unknown[0]} is not a weight that is quantized")
     if config.needs_fisher and sample_weight is None:
         raise ValueError("sample_weight: allocation and weighting 'fisher' need the Fisher diagonal, got none")
     if config.has_budget:
-        config = with_allocated_bits(model, config, chosen, sample_weight or {}, eigenvalues, progress)
-        chosen = plan(model, config)
-    names = list(chosen.bits)
-    weights = [cast(Tensor, model.get_submodule(name).weight).detach() for name in names]
-    with weight_bar("clustering", weights, progress) as bar:
-        encoded = encode_weights(
-            weights,
-            [chosen.bits[name] for name in names],
-            config,
-            importance=None if sample_weight is None else [sample_weight.get(name) for name in names],
-            names=[f"{name}.weight" for name in names],
-            on_done=lambda i: bar.update(weights[i].numel()) and None,
-        )
-    modules = swap_empty(model, config)
-    with torch.no_grad():
-        for name, result in zip(names, encoded, strict=True):
-            for part, parameter in modules[name].stored().items():
-                parameter.copy_(getattr(result, part))
-    resolved = dataclasses.replace(config, skip=chosen.left)
+        config = allocate_bits(model, config, chosen, sample_weight or {}, eigenvalues, progress)
+    _encode(chosen, config, sample_weight, progress)
+    swap(model, chosen, config)
+    resolved = dataclasses.replace(config, skip=weights.left)
     if hasattr(model, "hf_quantizer") or hasattr(model, "save_pretrained"):
         mark_quantized(model, resolved)
     return resolved
+
+
+def _encode(chosen: list[Weight], config: KMQConfig, sample_weight: dict[str, Tensor] | None, progress: bool | None) -> None:
+    with weight_bar("clustering", [weight.tensor for weight in chosen], progress) as bar:
+        encoded = encode_weights(
+            [weight.tensor.detach() for weight in chosen],
+            [weight.bits or 0 for weight in chosen],
+            config,
+            importance=None if sample_weight is None else [sample_weight.get(weight.name) for weight in chosen],
+            names=[weight.parameter for weight in chosen],
+            on_done=lambda i: bar.update(chosen[i].tensor.numel()) and None,
+        )
+    for weight, result in zip(chosen, encoded, strict=True):
+        weight.encoded = result

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers import STORED, CodebookEmbedding, CodebookLinear, CodebookModule
 from .config import QUANT_METHOD, KMQConfig
-from .plan import plan
+from .plan import Weight, plan
 
 
 def _empty_like(module: nn.Module, bits: int, config: KMQConfig) -> CodebookModule:
@@ -38,25 +38,33 @@ def _replace(model: nn.Module, modules: dict[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), child, module)
 
 
-def swap_empty(model: nn.Module, config: KMQConfig) -> dict[str, CodebookModule]:
-    """Puts empty codebook modules (zeros, or meta) in place of the layers that `plan` names; returns them by name."""
-    chosen = plan(model, config)
+def swap(model: nn.Module, weights: list[Weight], config: KMQConfig) -> dict[str, CodebookModule]:
+    """Puts codebook modules in place of the layers that have these weights; returns them by name.
+
+    They hold what the weights were encoded as, or nothing yet (zeros, or on the meta device) where they were not.
+    """
     new: dict[str, nn.Module] = {}
-    made: dict[int, CodebookModule] = {}  # a module that stands at several places stays one module
-    for weight, bits in chosen.bits.items():
-        first: CodebookModule | None = None
-        for name in chosen.members[weight]:
-            old = model.get_submodule(name)
+    for weight in weights:
+        made: dict[int, CodebookModule] = {}  # a module that stands at several places stays one module
+        for name, old in weight.modules.items():
             if id(old) not in made:
-                made[id(old)] = _empty_like(old, bits, config)
-                if first is None:
-                    first = made[id(old)]
-                for part, parameter in first.stored().items():
-                    setattr(made[id(old)], part, parameter)
+                made[id(old)] = _empty_like(old, weight.bits or 0, config)
             new[name] = made[id(old)]
+        first, *others = made.values()
+        for part, parameter in first.stored().items():
+            if weight.encoded is not None:
+                with torch.no_grad():
+                    parameter.copy_(getattr(weight.encoded, part))
+            for other in others:
+                setattr(other, part, parameter)
     _replace(model, new)
     _retie(model, new)
     return cast("dict[str, CodebookModule]", new)
+
+
+def swap_empty(model: nn.Module, config: KMQConfig) -> dict[str, CodebookModule]:
+    """Puts empty codebook modules (zeros, or meta) in place of the layers that `plan` names; returns them by name."""
+    return swap(model, plan(model, config).quantized, config)
 
 
 def _retie(model: nn.Module, new: dict[str, nn.Module]) -> None:

@@ -150,19 +150,19 @@ class Run:
     def _quantized(self, first: Path, config: KMQConfig) -> tuple[Any, Any]:
         model, tokenizer = load(first), AutoTokenizer.from_pretrained(first)
         importance = eigenvalues = None
-        how = self.sensitivity
+        how, names = self.sensitivity, [weight.name for weight in plan(model, config).quantized]
         # Of all weights that could be quantized: configurations with other `skip` share the file.
         if config.needs_fisher:
             batches = self._calibration(tokenizer, how.fisher_batch_size, how.fisher_batches)
             fisher = sensitivity.fisher_diagonal(model, batches, path=self.out / "fisher.safetensors")
-            importance = {name: fisher[name] for name in plan(model, config).bits if name in fisher}
+            importance = {name: fisher[name] for name in names if name in fisher}
             importance = sensitivity.importance(importance, how.damping)
         if config.allocation == "hessian":
             batches = self._calibration(tokenizer, how.hessian_batch_size, how.hessian_batches)
             eigenvalues = sensitivity.hessian_eigenvalues(
                 model, batches, iterations=how.hessian_iterations, path=self.out / "hessian.safetensors"
             )
-            eigenvalues = {name: eigenvalues[name] for name in plan(model, config).bits if name in eigenvalues}
+            eigenvalues = {name: eigenvalues[name] for name in names if name in eigenvalues}
         quantize_(model, config, sample_weight=importance, eigenvalues=eigenvalues)
         return model, tokenizer
 
