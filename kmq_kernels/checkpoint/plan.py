@@ -22,7 +22,17 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from .. import __version__, ops
-from ..files import DTYPE_NAMES, OTHER_WEIGHTS, WEIGHTS, CheckpointError, StoredTensor, files_below, one_line, stored_tensors
+from ..files import (
+    DTYPE_NAMES,
+    OTHER_WEIGHTS,
+    WEIGHTS,
+    CheckpointError,
+    StoredTensor,
+    file_record,
+    files_below,
+    one_line,
+    stored_tensors,
+)
 from ..quantization import KMQConfig, name_matches, plan, swap
 
 SHARD_BYTES = 256_000_000
@@ -120,6 +130,7 @@ class StreamPlan:
     parameters: int
     shard_bytes: int
     root: Path  # links of the source may lead anywhere below
+    side_files: dict[str, str]  # SHA-256 of everything in the source but weights, by its path in there
 
     @property
     def units(self) -> list[Unit]:
@@ -127,10 +138,15 @@ class StreamPlan:
         return [unit for shard in self.shards for unit in shard.units]
 
     def request(self, device: str) -> dict[str, Any]:
-        """What makes two runs the same: with it, the bytes of every file of the output are determined."""
+        """What, together with the values of the source's tensors, determines the bytes of every shard of the output.
+
+        "layout" stands for what config.json and transformers' renamings make of the tensors.
+        """
         files: dict[str, list[str]] = {}
         for unit in self.units:
             files.setdefault(unit.source.file.name, []).append(repr(unit.source[1:]))
+        placed = [(shard.name, unit) for shard in self.shards for unit in shard.units]
+        layout = [repr((name, unit.name, unit.source.name, *unit[2:])) for name, unit in placed]
         return {
             "kmq_kernels": __version__,
             "model_class": self.model_class,
@@ -138,7 +154,17 @@ class StreamPlan:
             "shard_bytes": self.shard_bytes,
             "engine": device if device != "cpu" or ops.has_kernel("kmeans", "CPU") else "cpu, plain",
             "source": {name: _digest("\n".join(sorted(tensors)).encode()) for name, tensors in sorted(files.items())},
+            "layout": {"config.json": _digest("\n".join(layout).encode())},
         }
+
+
+def side_files(source: Path, root: Path) -> dict[str, str]:
+    """SHA-256 of every file of a model folder that holds no weights, by its path in there."""
+    found = {}
+    for path in files_below(source, root):
+        if path.suffix not in OTHER_WEIGHTS and not path.name.endswith(".index.json"):
+            found[str(path.relative_to(source))] = file_record(path)["sha256"]
+    return found
 
 
 def _digest(content: bytes) -> str:
@@ -198,8 +224,7 @@ def make_plan(
         raise ValueError(f"shard_bytes: expected at least 1, got {shard_bytes}")
     if config.has_budget or config.needs_fisher:
         raise ValueError("allocation: a stream knows no sensitivities and no whole model; expected bits or module_bits")
-    if source.is_dir():
-        files_below(source, root)
+    beside = side_files(source, root or source) if source.is_dir() else {}
     stored = stored_tensors(source)
     dtype = models.model_dtype(source, stored)
     model, sources, left_out = models.build_model(source, stored, model_class, dtype)
@@ -231,6 +256,8 @@ def make_plan(
     resolved = dataclasses.replace(config, skip=chosen.left)
     patterns = [*(config.skip or []), *(config.module_bits or {})]
     layers = [name for weight in chosen.weights for name in weight.modules]
+    if file_record(source / "config.json")["sha256"] != beside["config.json"]:
+        raise CheckpointError(f"{source / 'config.json'}: it changed while it was read; give the same command again")
     return StreamPlan(
         source=source,
         model_class=type(model).__name__,
@@ -243,6 +270,7 @@ def make_plan(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         shard_bytes=shard_bytes,
         root=root or source,
+        side_files=beside,
     )
 
 

@@ -5,10 +5,14 @@ written. An unfinished output folder holds, beside the shards that are complete,
 
     OUT/.kmq/request.json        what was asked for; another request on the same folder is refused
     OUT/.kmq/*.partial           files being written; they are synced, then get their name
-    OUT/.kmq/SHARD.json          its size and SHA-256, there before the shard has its name
+    OUT/.kmq/SHARD.json          its size, its SHA-256 and those of the tensors it was made from, there before it has its name
 
-so a run that was killed goes on after the last finished shard. config.json comes when every shard is verified, then the
-manifest with all checksums, then .kmq goes. The ranks of a torchrun job take whole shards, the most work first, and the files
+so a run that was killed goes on after the last finished shard, if the source still holds what the finished ones were made from;
+another source is refused. config.json comes when every shard is verified, then the manifest with all checksums, of the source
+and of the output, then .kmq goes. The same command on a finished output compares both: other weights are refused; where only
+files beside the weights changed (configuration, tokenizer, card), these are made again.
+
+The ranks of a torchrun job take whole shards, the most work first, and the files
 are the same for any number of ranks.
 """
 
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import hashlib
 import json
 import math
 import resource
@@ -25,17 +29,17 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import ops
-from ..files import INDEX, OTHER_WEIGHTS, CheckpointError, files_below, open_regular, read_json, sync
+from ..files import INDEX, CheckpointError, file_record, locked, open_regular, read_json, sync
 from ..hf import MODEL_CARD
 from .plan import Shard, StreamPlan, Unit
 from .ranks import Ranks
-from .stream import STATE, OutputError, Stream, Times, file_record, output_errors, write_file
-from .verify import MANIFEST, DamagedError, check_files, manifest_digest, read_manifest
+from .stream import STATE, OutputError, Stream, Times, output_errors, tensor_digests, write_file
+from .verify import MANIFEST, DamagedError, check_files, manifest_digest, manifest_source, read_manifest
 
 
 @dataclasses.dataclass
@@ -61,6 +65,7 @@ class Summary:
     bytes_after: int
     shards: int
     shards_made: int
+    side_files_made: bool  # whether the files beside the weights were written by this run
     read_bytes: int
     clustered_weights: int
     times: Times
@@ -99,10 +104,11 @@ def quantize_checkpoint(
     start = time.perf_counter()
     ranks = ranks or Ranks()
     wanted = plan.request(device.partition(":")[0])
-    same = len({json.dumps(other) for other in ranks.gather(wanted)}) == 1
+    same = len({json.dumps(other) for other in ranks.gather((wanted, plan.side_files))}) == 1
     ranks.agree(same, lambda: CheckpointError(f"{plan.source}: the ranks do not see the same checkpoint, options and version"))
     with contextlib.ExitStack() as stack:
-        done = ranks.lead(lambda: _prepare(stack, plan, out, wanted))
+        done, known = ranks.lead(lambda: _prepare(stack, plan, out, wanted))
+        _check_source(plan, out, known, ranks)
         shared = all(ranks.gather((out / MANIFEST).is_file() if done is None else (out / STATE).is_dir()))
         ranks.agree(shared, lambda: CheckpointError(f"{out}: not the same folder for all ranks; they must share a file system"))
         todo = [] if done is None else [shard for shard in plan.shards if shard.name not in done]
@@ -118,7 +124,7 @@ def quantize_checkpoint(
             if on_progress is not None and ranks.rank == 0:
                 on_progress(progress)
 
-        stream = Stream(out, plan, device, on_batch)
+        stream = Stream(out, plan, device, on_batch, known)
         if todo:
             with output_errors(out):
                 stream.run(mine)
@@ -138,6 +144,7 @@ def quantize_checkpoint(
         bytes_after=sum(shard.nbytes for shard in plan.shards),
         shards=len(plan.shards),
         shards_made=len(mine),
+        side_files_made=done is not None,
         read_bytes=sum(shard.work for shard in mine),
         clustered_weights=sum(math.prod(unit.source.shape) for unit in quantized if unit.name in made),
         times=stream.times,
@@ -162,52 +169,91 @@ def _share(shards: list[Shard], ranks: int) -> list[list[Shard]]:
     return [sorted(part, key=lambda shard: shard.name) for part in parts]
 
 
-def _prepare(stack: contextlib.ExitStack, plan: StreamPlan, out: Path, wanted: dict[str, Any]) -> list[str] | None:
-    """Claims the output folder; the names of the shards it has already, or None where it is complete."""
+class _Claim(NamedTuple):
+    """What an output folder has already: the names of its shards, None where it is complete; and the SHA-256 of the tensors that
+    they (also one that is missing now) were made from, by name."""
+
+    done: list[str] | None
+    known: dict[str, str]
+
+
+def _prepare(stack: contextlib.ExitStack, plan: StreamPlan, out: Path, wanted: dict[str, Any]) -> _Claim:
+    """Claims the output folder."""
     source = plan.source.resolve()
     if out.resolve() == source or out.resolve().is_relative_to(source) or source.is_relative_to(out.resolve()):
         raise CheckpointError(f"{out}: the output and {plan.source} lie in one another; choose another folder")
     state = out / STATE
-    stamps = {name: (plan.source / name).stat().st_mtime_ns for name in wanted["source"]}
-    request = {**wanted, "modified": stamps}
-    complete: dict[str, dict[str, Any]] = {}
+    manifest: dict[str, Any] | None = None
     if (out / MANIFEST).is_file():
         manifest = read_manifest(out)
         _same_request(out, manifest.get("request"), wanted)
-        complete = manifest["files"]
-        if not state.exists() and all(_is_there(out / name, record) for name, record in complete.items()):
-            return None
+        if not state.exists() and _is_complete(plan, out, manifest):
+            return _Claim(None, manifest_source(out, manifest)["tensors"])
     elif not state.is_dir() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: it exists and is no unfinished output; choose another folder or remove it")
     with output_errors(out):
         state.mkdir(parents=True, exist_ok=True)
-        lock = stack.enter_context((state / "lock").open("wb"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{out}: another run is writing it") from None
-        except OSError:  # a file system without locks
-            pass
-        if complete and all(_is_there(out / name, record) for name, record in complete.items()):
+        stack.enter_context(locked(state / "lock", lambda: CheckpointError(f"{out}: another run is writing it")))
+        if manifest is not None and _is_complete(plan, out, manifest):
             shutil.rmtree(state)  # what a run left that was killed at its very end
-            return None
+            return _Claim(None, manifest_source(out, manifest)["tensors"])
         if (state / "request.json").is_file():
-            _same_request(out, read_json(state / "request.json"), request)
+            _same_request(out, read_json(state / "request.json"), wanted)
         else:
-            write_file(state / "request.json", json.dumps(request).encode(), state)
-        done = []
+            write_file(state / "request.json", json.dumps(wanted).encode(), state)
+        if manifest is not None:
+            _reopen(plan, out, manifest)
+        done: list[str] = []
+        known: dict[str, str] = {}
         for shard in plan.shards:
-            record = complete.get(shard.name) or _record(out, shard)
-            if record is not None and _is_there(out / shard.name, record):
+            record = _record(out, shard)
+            if record is None:
+                continue
+            known.update(record["source"])
+            if _is_there(out / shard.name, record):
                 done.append(shard.name)
-                write_file(state / f"{shard.name}.json", json.dumps(record).encode(), state)
         for partial in state.glob("*.partial"):
             partial.unlink()
         needed = sum(shard.nbytes for shard in plan.shards if shard.name not in done)
         free = shutil.disk_usage(out).free
         if needed > free:
             raise OutputError(f"{out}: the output needs {needed / 1e6:,.0f} MB more, the disk has {free / 1e6:,.0f} MB free")
-    return done
+    return _Claim(done, known)
+
+
+def _is_complete(plan: StreamPlan, out: Path, manifest: dict[str, Any]) -> bool:
+    """Whether every file is there, made from files beside the weights that are still the same."""
+    same = manifest_source(out, manifest)["files"] == plan.side_files
+    return same and all(_is_there(out / name, record) for name, record in manifest["files"].items())
+
+
+def _reopen(plan: StreamPlan, out: Path, manifest: dict[str, Any]) -> None:
+    """Makes a finished output an unfinished one that has its shards: the files beside them are to be made again."""
+    files, tensors = manifest["files"], manifest_source(out, manifest)["tensors"]
+    shards = {shard.name: shard for shard in plan.shards}
+    beside = [name for name in files if name not in shards]
+    if wrong := check_files(out, {name: files[name] for name in beside if (out / name).exists()}):
+        raise DamagedError(f"{out}: {wrong[0]}; remove that file and give the same command again")
+    for name, shard in shards.items():
+        record = {**files[name], "source": {unit.source.name: tensors[unit.source.name] for unit in shard.units}}
+        write_file(out / STATE / f"{name}.json", json.dumps(record).encode(), out / STATE)
+    for name in sorted(beside, key="config.json".__ne__):  # config.json goes first: nobody loads a mixture
+        (out / name).unlink(missing_ok=True)
+    (out / MANIFEST).unlink()
+
+
+def _check_source(plan: StreamPlan, out: Path, known: dict[str, str], ranks: Ranks) -> None:
+    """Reads every tensor that was read before, and refuses a source that now holds another one; each rank its part."""
+    tensors = [unit.source for unit in plan.units if unit.source.name in known]
+    mine = tensors[ranks.rank :: ranks.size]
+    found = tensor_digests(mine)
+    other = [tensor for part in ranks.gather([t for t in mine if found.get(t.name) != known[t.name]]) for tensor in part]
+
+    def refusal() -> CheckpointError:
+        what = f"another {other[0].file.name} than this ({other[0].name} has other values)"
+        return CheckpointError(f"{out}: it was begun from {what}; choose another folder or remove it")
+
+    ranks.agree(not other, refusal)
 
 
 def _same_request(out: Path, found: Any, wanted: dict[str, Any]) -> None:
@@ -215,7 +261,7 @@ def _same_request(out: Path, found: Any, wanted: dict[str, Any]) -> None:
         raise CheckpointError(f"{out}: what it was made with cannot be read; choose another folder or remove it")
 
     def flat(request: dict[str, Any]) -> dict[str, Any]:
-        groups = ("quantization", "source", "modified")
+        groups = ("quantization", "source", "layout")
         return {**request, **{f"{g} of {k}": v for g in groups for k, v in (request.get(g) or {}).items()}}
 
     mine, theirs = flat(json.loads(json.dumps(wanted))), flat(found)
@@ -224,17 +270,21 @@ def _same_request(out: Path, found: Any, wanted: dict[str, Any]) -> None:
         if mine.get(name) == theirs.get(name):
             continue
         kind, _, what = name.rpartition(" of ")
-        if kind in ("source", "modified"):
+        if kind == "layout":
+            what = "config.json, or with another transformers,"
+        if kind in ("source", "layout"):
             raise CheckpointError(f"{out}: it was begun from another {what} than this; choose another folder or remove it")
         given = f"{what} {theirs.get(name)!r}, this asks for {mine.get(name)!r}"
         raise CheckpointError(f"{out}: it was begun with {given}; choose another folder or remove it")
 
 
 def _record(out: Path, shard: Shard) -> dict[str, Any] | None:
-    """What was noted when a shard was finished."""
+    """What was noted when a shard was finished: its size, its SHA-256, and those of the tensors it was made from."""
     path = out / STATE / f"{shard.name}.json"
     record = read_json(path) if path.is_file() else None
-    return record if isinstance(record, dict) and set(record) == {"bytes", "sha256"} else None
+    if not isinstance(record, dict) or set(record) != {"bytes", "sha256", "source"} or not isinstance(record["source"], dict):
+        return None
+    return record if set(record["source"]) == {unit.source.name for unit in shard.units} else None
 
 
 def _is_there(path: Path, record: dict[str, Any]) -> bool:
@@ -257,17 +307,20 @@ def _publish(plan: StreamPlan, out: Path, wanted: dict[str, Any]) -> None:
     """Everything but the shards, config.json after the rest, then the manifest; the state goes last."""
     state = out / STATE
     files: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, str] = {}
     with output_errors(out):
         for shard in plan.shards:
             record = _record(out, shard)
-            assert record is not None
-            files[shard.name] = record
+            assert record is not None, shard.name
+            files[shard.name] = {"bytes": record["bytes"], "sha256": record["sha256"]}
+            tensors.update(record["source"])
         for path, content in _side_files(plan):
             target = out / path
             target.parent.mkdir(parents=True, exist_ok=True)
             write_file(target, content, state)
             files[str(path)] = file_record(target)
-        manifest = {"format": 1, "request": wanted, "files": dict(sorted(files.items()))}
+        source = {"tensors": dict(sorted(tensors.items())), "files": plan.side_files}
+        manifest = {"format": 2, "request": wanted, "source": source, "files": dict(sorted(files.items()))}
         manifest["sha256"] = manifest_digest(manifest)
         write_file(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode(), state)
         shutil.rmtree(state)
@@ -276,12 +329,10 @@ def _publish(plan: StreamPlan, out: Path, wanted: dict[str, Any]) -> None:
 
 def _side_files(plan: StreamPlan) -> Iterator[tuple[Path, bytes | Iterable[bytes]]]:
     """Path and content of each file beside the shards."""
-    own = {"config.json", "README.md", INDEX, MANIFEST}
-    for path in files_below(plan.source, plan.root):
-        relative = path.relative_to(plan.source)
-        if str(relative) in own or path.suffix in OTHER_WEIGHTS or path.name.endswith(".index.json"):
-            continue
-        yield relative, _content(path)
+    own = {"config.json", "README.md", MANIFEST}
+    for name in plan.side_files:
+        if name not in own:
+            yield Path(name), _content(plan, name)
     yield Path("README.md"), _card(plan).encode()
     if len(plan.shards) > 1:
         weight_map = {name: shard.name for shard in plan.shards for name, *_ in shard.tensors}
@@ -291,10 +342,15 @@ def _side_files(plan: StreamPlan) -> Iterator[tuple[Path, bytes | Iterable[bytes
     yield Path("config.json"), plan.config_json.encode()
 
 
-def _content(path: Path) -> Iterator[bytes]:
-    with open_regular(path) as file:
+def _content(plan: StreamPlan, name: str) -> Iterator[bytes]:
+    """A file of the source as it was when the plan was made; raises CheckpointError at its end where it is another one."""
+    digest = hashlib.sha256()
+    with open_regular(plan.source / name) as file:
         while part := file.read(1 << 20):
+            digest.update(part)
             yield part
+    if digest.hexdigest() != plan.side_files[name]:
+        raise CheckpointError(f"{plan.source / name}: it changed while it was read; give the same command again")
 
 
 def _card(plan: StreamPlan) -> str:
@@ -302,10 +358,9 @@ def _card(plan: StreamPlan) -> str:
     bits = sorted({unit.bits for unit in plan.units if unit.bits is not None})
     summary = f"{plan.config.scheme} clusters, {', '.join(map(str, bits))} bits an index, made by `kmq quantize`"
     head, _, body = MODEL_CARD.format(summary=summary).removeprefix("---\n").partition("---\n")
-    source = plan.source / "README.md"
-    if not source.is_file():
+    if "README.md" not in plan.side_files:
         return f"---\n{head}---\n{body}"
-    text = b"".join(_content(source)).decode(errors="replace")
+    text = b"".join(_content(plan, "README.md")).decode(errors="replace")
     front, card = "", text
     if text.startswith("---\n") and "\n---\n" in text[3:]:
         front, _, card = text[4:].partition("\n---\n")

@@ -1,6 +1,7 @@
 """The stream behind checkpoint.py: one thread reads ahead, the main thread maps and clusters, one thread writes.
 
-A file gets its name when it is complete: written below OUT/.kmq, synced, its size and SHA-256 noted, renamed.
+A file gets its name when it is complete: written below OUT/.kmq, synced, its size and SHA-256 noted, renamed. With it stands
+the SHA-256 of every tensor it was made from, taken while that was read ahead.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..files import CheckpointError, StoredTensor, header_bytes, open_regular, sync
+from ..files import CheckpointError, StoredTensor, file_record, header_bytes, open_regular, sync
 from ..quantization import encode_weights
 from .plan import Shard, StreamPlan, Unit
 
@@ -36,6 +37,7 @@ _AHEAD_BYTES = 64 << 20  # what is read before it is needed, and the rest of the
 _READ_BYTES = 2 << 20  # a request of the reading thread; the kernel's read-ahead keeps more of them in flight
 _CHUNK = 8 << 20
 _MADV_POPULATE_READ = 22
+_STAMP = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")  # of a file; the system alone sets the last one
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 T = TypeVar("T")
@@ -61,20 +63,41 @@ class _Ahead:
     def __init__(self) -> None:
         self.stopped = False
         self._was_cached: dict[Path, bool] = {}
+        self._began: dict[Path, os.stat_result] = {}
 
-    def fetch(self, tensors: list[StoredTensor]) -> None:
-        """Reads tensors; what cannot be read is for `_read` to report.
+    def fetch(self, tensors: list[StoredTensor]) -> dict[str, str]:
+        """Reads tensors and returns the SHA-256 of each, by name; what cannot be read is for `_read` to report.
 
         Read, not only asked for: POSIX_FADV_WILLNEED fills the cache with single pages, which takes more time than the disk does.
         """
+        digests = {}
         buffer = memoryview(bytearray(_READ_BYTES))
         for tensor in tensors:
             with contextlib.suppress(OSError, CheckpointError), open_regular(tensor.file) as file:
                 if tensor.file not in self._was_cached:
+                    self._began[tensor.file] = os.fstat(file.fileno())
                     self._was_cached[tensor.file] = _is_cached(file.fileno())
+                digest = hashlib.sha256()
                 at, end = tensor.begin, tensor.begin + tensor.nbytes
                 while at < end and not self.stopped and (count := os.preadv(file.fileno(), [buffer[: end - at]], at)):
+                    digest.update(buffer[:count])
                     at += count
+                if at == end:
+                    digests[tensor.name] = digest.hexdigest()
+        return digests
+
+    def unchanged(self, tensors: list[StoredTensor]) -> None:
+        """Raises CheckpointError where a file is not the one that the first `fetch` from it found.
+
+        What was hashed and what was clustered are then not known to be the same; the next run compares what it reads itself.
+        """
+        for file in {tensor.file for tensor in tensors}:
+            began = self._began.get(file)
+            with contextlib.suppress(OSError):
+                now = os.stat(file)
+                if began is not None and all(getattr(began, name) == getattr(now, name) for name in _STAMP):
+                    continue
+            raise CheckpointError(f"{file}: it changed while it was read; give the same command again")
 
     def drop(self, tensors: list[StoredTensor]) -> None:
         """Takes tensors that were fetched, and are mapped no more, from the page cache."""
@@ -82,6 +105,19 @@ class _Ahead:
             with contextlib.suppress(OSError, CheckpointError, AttributeError), open_regular(tensor.file) as file:
                 if not self._was_cached.get(tensor.file, True):
                     os.posix_fadvise(file.fileno(), tensor.begin, tensor.nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def tensor_digests(tensors: Iterable[StoredTensor]) -> dict[str, str]:
+    """SHA-256 of tensors in their files, by name; one that cannot be read is missing. Several are read at a time."""
+
+    def digest(tensor: StoredTensor) -> dict[str, str]:
+        found = ahead.fetch([tensor])
+        ahead.drop([tensor])
+        return found
+
+    ahead = _Ahead()
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return {name: value for found in pool.map(digest, tensors) for name, value in found.items()}
 
 
 def _is_cached(descriptor: int) -> bool:
@@ -158,17 +194,6 @@ def write_file(path: Path, content: bytes | Iterable[bytes], scratch: Path) -> N
     sync(path.parent)
 
 
-def file_record(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    digest, size = hashlib.sha256(), 0
-    buffer = bytearray(1 << 20)
-    with open_regular(path) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-            size += count
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
 class _ShardFile:
     """A shard while it is written. All calls come from one thread."""
 
@@ -178,6 +203,7 @@ class _ShardFile:
         self._path = out / STATE / f"{shard.name}.{secrets.token_hex(4)}.partial"
         start, self._at = header_bytes(shard.tensors)
         self._missing = {name for name, *_ in shard.tensors}
+        self._sources: dict[str, str] = {}  # SHA-256 of the tensors it is made from
         with output_errors(self._path):
             self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115  # closed by finish or discard
             try:
@@ -201,15 +227,19 @@ class _ShardFile:
             self._write(tensor.contiguous().view(-1).view(torch.uint8).numpy(), self._at[name])
         self._missing.remove(name)
 
+    def note(self, digests: dict[str, str]) -> None:
+        """What the source's tensors were."""
+        self._sources.update(digests)
+
     def finish(self) -> None:
-        """Notes size and checksum, then gives the shard its name; one that lacks a tensor is discarded."""
+        """Notes size and checksums, then gives the shard its name; one that lacks a tensor is discarded."""
         if self._missing:
             self.discard()
             return
         with output_errors(self._path):
             os.fsync(self._file.fileno())
             self._file.close()
-            record = file_record(self._path)
+            record = {**file_record(self._path), "source": self._sources}
             write_file(self.out / STATE / f"{self.shard.name}.json", json.dumps(record).encode(), self.out / STATE)
             os.replace(self._path, self.out / self.shard.name)
             sync(self.out)
@@ -221,9 +251,10 @@ class _ShardFile:
             self._path.unlink()
 
 
-def _put(file: Future[_ShardFile], results: list[tuple[str, Tensor]]) -> None:
+def _put(file: Future[_ShardFile], results: list[tuple[str, Tensor]], digests: dict[str, str]) -> None:
     for name, tensor in results:
         file.result().put(name, tensor)
+    file.result().note(digests)
 
 
 def _finish(file: Future[_ShardFile]) -> None:
@@ -264,8 +295,16 @@ def _batches(units: Iterable[Unit], most: int) -> Iterator[list[Unit]]:
 class Stream:
     """Makes shards: one thread reads ahead, the main thread maps and clusters, one thread writes."""
 
-    def __init__(self, out: Path, plan: StreamPlan, device: str, on_batch: Callable[[Shard, list[Unit]], None]) -> None:
-        self.out, self.config, self.device, self._on_batch = out, plan.config, device, on_batch
+    def __init__(
+        self,
+        out: Path,
+        plan: StreamPlan,
+        device: str,
+        on_batch: Callable[[Shard, list[Unit]], None],
+        known: dict[str, str],
+    ) -> None:
+        """known: the SHA-256 that tensors must have, by name."""
+        self.out, self.config, self.device, self._on_batch, self._known = out, plan.config, device, on_batch, known
         largest = max(unit.source.nbytes for unit in plan.units)
         self._batch_bytes = min(max(largest, _LEAST_BATCH), _LARGEST_BATCH)
         self.times = Times()
@@ -277,7 +316,7 @@ class Stream:
         sizes = [sum(unit.source.nbytes for unit in batch) for _, batch in work]
         results = [sum(unit.nbytes for unit in batch) for _, batch in work]
         most = max((size + result for size, result in zip(sizes, results, strict=True)), default=0) + _PENDING_BYTES
-        ahead, ready = _Ahead(), list[Future[None]]()
+        ahead, ready = _Ahead(), list[Future[dict[str, str]]]()
         file: Future[_ShardFile] | None = None
         with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as reader:
             try:
@@ -286,8 +325,11 @@ class Stream:
                         ready.append(reader.submit(ahead.fetch, [unit.source for unit in work[len(ready)][1]]))
                     file = file or self._later(writer, 0, _ShardFile, self.out, shard)
                     self._wait(most - sizes[i] - results[i])
-                    self._later(writer, results[i], _put, file, self._cluster(batch, ready[i]))
-                    self._later(writer, 0, ahead.drop, [unit.source for unit in batch])
+                    sources = [unit.source for unit in batch]
+                    clustered, digests = self._cluster(batch, ready[i])
+                    ahead.unchanged(sources)
+                    self._later(writer, results[i], _put, file, clustered, digests)
+                    self._later(writer, 0, ahead.drop, sources)
                     if i + 1 == len(work) or work[i + 1][0] is not shard:
                         self._later(writer, 0, _finish, file)
                         file = None
@@ -319,10 +361,17 @@ class Stream:
         while self._pending and (self._pending[0][0].done() or sum(size for _, size in self._pending) > most):
             self._pending.pop(0)[0].result()
 
-    def _cluster(self, batch: list[Unit], ready: Future[None]) -> list[tuple[str, Tensor]]:
+    def _cluster(self, batch: list[Unit], ready: Future[dict[str, str]]) -> tuple[list[tuple[str, Tensor]], dict[str, str]]:
+        """What the tensors of a batch become, and the SHA-256 of each."""
         start = time.perf_counter()
-        ready.result()
+        digests = ready.result()
         tensors = [_read(unit.source) for unit in batch]
+        for unit in batch:
+            file, name = unit.source.file, unit.source.name
+            if name not in digests:
+                raise CheckpointError(f"{file}: {name} cannot be read")
+            if digests[name] != self._known.get(name, digests[name]):
+                raise CheckpointError(f"{file}: {name} changed while it was read; give the same command again")
         read = time.perf_counter()
         results: list[tuple[str, Tensor]] = []
         chosen: list[tuple[Unit, Tensor]] = []
@@ -344,4 +393,4 @@ class Stream:
                     results.append((output.name, part.to(output.dtype).cpu()))
         self.times.read += read - start
         self.times.cluster += time.perf_counter() - read
-        return results
+        return results, digests

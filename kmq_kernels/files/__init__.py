@@ -1,8 +1,10 @@
 """Strangers' files read safely, and files that appear only when they are complete."""
 
-from .json import parse_json, read_json
+from .content import file_record
+from .json import dump_json, parse_json, read_json
+from .locking import locked
 from .opening import CheckpointError, files_below, one_line, open_regular, read_exactly
-from .publishing import publish, sync, write_json
+from .publishing import publish, publish_file, sync, write_json
 from .tensors import (
     DTYPE_NAMES,
     DTYPES,
@@ -26,12 +28,16 @@ __all__ = [
     "WEIGHTS",
     "CheckpointError",
     "StoredTensor",
+    "dump_json",
+    "file_record",
     "files_below",
     "header_bytes",
+    "locked",
     "one_line",
     "open_regular",
     "parse_json",
     "publish",
+    "publish_file",
     "read_exactly",
     "read_header",
     "read_json",
