@@ -19,11 +19,11 @@ ALLOWED = {
     "clustering": {"packing", "ops"},
     "layers": {"packing", "ops", "triton_kernels"},
     "quantization": {"packing", "ops", "clustering", "layers"},
-    "sensitivity": {"quantization"},
+    "sensitivity": {"files", "quantization"},
     "hf": {"files", "layers", "quantization"},
     "checkpoint": {"files", "ops", "quantization", "hf"},
     "training": {"files", "layers", "quantization", "sensitivity", "hf"},
-    "report": set(),
+    "report": {"files"},
     "cli": {"files", "ops", "layers", "quantization", "hf", "checkpoint", "training", "report"},
 }
 OPEN = {"triton_kernels"}  # wings without a door: ops and layers name the file of a kernel

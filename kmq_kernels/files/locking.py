@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -14,9 +15,15 @@ def locked(path: Path, refusal: Callable[[], Exception]) -> Iterator[None]:
     """Holds the lock file `path` for the block; raises `refusal()` where another holder, in this process or any other, has it.
 
     The system gives the lock back when the process ends, also when it is killed; the file that then stays is no lock. On a file
-    system without locks there is none.
+    system without locks, and in a folder that cannot be written, there is none.
     """
-    descriptor = _take(path, refusal)
+    try:
+        descriptor = _take(path, refusal)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        yield
+        return
     try:
         yield
     finally:
