@@ -80,10 +80,10 @@ def fisher_diagonal(
         with _bar("Fisher diagonal", batches, num_batches, done, progress) as bar:
             for batch in itertools.islice(rest, None if num_batches is None else num_batches - done):
                 value, gradients = _gradients(model, weights, batch, loss, done, create_graph=False)
+                store.add(batch, value, gradients)  # before they are squared in place
                 for name, gradient in gradients.items():
                     if gradient is not None:
                         sums[name] += gradient.float().square_()
-                store.add(batch, value, gradients)
                 done += 1
                 bar.update()
                 if done % save_every == 0:
