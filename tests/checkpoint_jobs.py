@@ -35,7 +35,10 @@ PHASES = {
     "_publish": "publish",
 }
 NAMES = [*PHASES.values(), "between"]
-_WATCHED = {sys.modules[f"kmq_kernels.checkpoint.{name}"].__file__ for name in ("quantize", "plan", "stream", "verify")}
+_WATCHED = {
+    sys.modules[f"kmq_kernels.{name}"].__file__
+    for name in ("checkpoint.quantize", "checkpoint.plan", "checkpoint.stream", "checkpoint.verify", "files.manifest")
+}
 
 
 class Watch:

@@ -24,16 +24,15 @@ import torch
 from .. import __version__, ops
 from ..files import (
     DTYPE_NAMES,
-    OTHER_WEIGHTS,
     WEIGHTS,
     CheckpointError,
     StoredTensor,
     file_record,
-    files_below,
     one_line,
     stored_tensors,
 )
 from ..quantization import KMQConfig, name_matches, plan, swap
+from .side_files import NOT_DOWNLOADED, files_left_out, side_files
 
 SHARD_BYTES = 256_000_000
 T = TypeVar("T")
@@ -52,9 +51,8 @@ def find_source(model: str, revision: str | None = None) -> tuple[Path, Path | N
         return path, None
     from huggingface_hub import snapshot_download
 
-    unread = [f"*{suffix}" for suffix in OTHER_WEIGHTS if suffix != ".safetensors"]
     try:
-        folder = Path(snapshot_download(model, revision=revision, ignore_patterns=unread))
+        folder = Path(snapshot_download(model, revision=revision, ignore_patterns=list(NOT_DOWNLOADED)))
     except Exception as error:  # no network, no such model, no permission: each has its own class
         raise CheckpointError(f"{model}: no such folder, and the hub does not give it ({one_line(error)})") from None
     return folder, folder.parent.parent  # the files of a snapshot are links into the cache of the repository
@@ -115,8 +113,8 @@ class Shard(NamedTuple):
 class StreamPlan:
     """Everything about the output but its weights.
 
-    left_out: tensors of the checkpoint that the model class does not have. unmatched: patterns of the configuration that match no
-    embedding or linear layer.
+    left_out: tensors of the checkpoint that the model class does not have. files_left_out: files that are the whole model in
+    another format. unmatched: patterns of the configuration that match no embedding or linear layer.
     """
 
     source: Path
@@ -124,13 +122,14 @@ class StreamPlan:
     dtype: torch.dtype
     shards: tuple[Shard, ...]
     left_out: tuple[str, ...]
+    files_left_out: tuple[str, ...]
     unmatched: tuple[str, ...]
     config: KMQConfig  # as asked for
     config_json: str  # of the output, the quantization config resolved
     parameters: int
     shard_bytes: int
     root: Path  # links of the source may lead anywhere below
-    side_files: dict[str, str]  # SHA-256 of everything in the source but weights, by its path in there
+    side_files: dict[str, str]  # SHA-256 of everything in the source that comes along, by its path in there
 
     @property
     def units(self) -> list[Unit]:
@@ -156,15 +155,6 @@ class StreamPlan:
             "source": {name: _digest("\n".join(sorted(tensors)).encode()) for name, tensors in sorted(files.items())},
             "layout": {"config.json": _digest("\n".join(layout).encode())},
         }
-
-
-def side_files(source: Path, root: Path) -> dict[str, str]:
-    """SHA-256 of every file of a model folder that holds no weights, by its path in there."""
-    found = {}
-    for path in files_below(source, root):
-        if path.suffix not in OTHER_WEIGHTS and not path.name.endswith(".index.json"):
-            found[str(path.relative_to(source))] = file_record(path)["sha256"]
-    return found
 
 
 def _digest(content: bytes) -> str:
@@ -224,8 +214,8 @@ def make_plan(
         raise ValueError(f"shard_bytes: expected at least 1, got {shard_bytes}")
     if config.has_budget or config.needs_fisher:
         raise ValueError("allocation: a stream knows no sensitivities and no whole model; expected bits or module_bits")
-    beside = side_files(source, root or source) if source.is_dir() else {}
     stored = stored_tensors(source)
+    beside = side_files(source, root or source)
     dtype = models.model_dtype(source, stored)
     model, sources, left_out = models.build_model(source, stored, model_class, dtype)
     kept = models.kept_names(model)
@@ -264,6 +254,7 @@ def make_plan(
         dtype=dtype,
         shards=_shards(units, shard_bytes),
         left_out=tuple(left_out),
+        files_left_out=tuple(files_left_out(source, root or source)),
         unmatched=tuple(pattern for pattern in patterns if not any(name_matches(pattern, name) for name in layers)),
         config=config,
         config_json=models.config_json(model, resolved, dtype),

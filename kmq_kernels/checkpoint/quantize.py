@@ -34,12 +34,25 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import ops
-from ..files import INDEX, CheckpointError, file_record, locked, open_regular, read_json, sync
+from ..files import (
+    INDEX,
+    MANIFEST,
+    CheckpointError,
+    DamagedError,
+    check_files,
+    file_record,
+    locked,
+    manifest_digest,
+    open_regular,
+    read_json,
+    read_manifest,
+    sync,
+)
 from ..hf import MODEL_CARD
 from .plan import Shard, StreamPlan, Unit
 from .ranks import Ranks
 from .stream import STATE, OutputError, Stream, Times, output_errors, tensor_digests, write_file
-from .verify import MANIFEST, DamagedError, check_files, manifest_digest, manifest_source, read_manifest
+from .verify import manifest_source
 
 
 @dataclasses.dataclass

@@ -1,46 +1,13 @@
-"""Folders checked against the checksums of their manifest."""
+"""Folders checked: every file against the manifest, every header of safetensors against its file."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..files import CheckpointError, file_record, open_regular, read_json, stored_tensors
-from .plan import side_files
+from ..files import MANIFEST, CheckpointError, files_below, read_header, read_json, read_manifest, stored_tensors, verify_files
+from .side_files import side_files
 from .stream import STATE, tensor_digests
-
-MANIFEST = "kmq_manifest.json"
-DAMAGED = 5  # exit code: files do not match their checksums
-
-
-class DamagedError(CheckpointError):
-    """Files that do not match their checksums."""
-
-    exit_code = DAMAGED
-
-
-def check_files(out: Path, files: dict[str, dict[str, Any]]) -> list[str]:
-    """Sentences about the files that are not as recorded; several are read at a time."""
-
-    def check(name: str) -> str | None:
-        path = out / name
-        if path.is_symlink() or not path.is_file():
-            return f"{name} is missing"
-        with open_regular(path) as file, contextlib.suppress(OSError, AttributeError):
-            # What this process has just written is in the page cache; what counts is on the disk.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        found = file_record(path)
-        if found["bytes"] != files[name]["bytes"]:
-            return f"{name} has {found['bytes']} bytes, not {files[name]['bytes']}"
-        return None if found["sha256"] == files[name]["sha256"] else f"{name} does not match its checksum"
-
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return [sentence for sentence in pool.map(check, files) if sentence]
 
 
 def verify_checkpoint(out: Path, source: Path | None = None, root: Path | None = None) -> dict[str, Any]:
@@ -48,25 +15,27 @@ def verify_checkpoint(out: Path, source: Path | None = None, root: Path | None =
 
     source: the folder that `quantize_checkpoint` is said to have made it from; every tensor and every file of it that was read
     is compared with the checksums noted then. root: as for `make_plan`. Returns {"files": checked against a checksum,
-    "tensors": ..., "bytes": ..., "source_tensors": compared with the source, 0 without one}. Raises DamagedError where a file
+    "tensors": ..., "bytes": ..., "source_tensors": compared with the source, 0 without one}, those of modules in subfolders
+    included. Raises DamagedError where a file
     is not as it was made, CheckpointError where the folder is unfinished or no valid checkpoint, or made from another source.
     """
     if (out / STATE).is_dir():
         raise CheckpointError(f"{out}: unfinished; the command that began it goes on from there")
     manifest: dict[str, Any] = {"files": {}}
     if (out / MANIFEST).is_file():
+        verify_files(out)
         manifest = read_manifest(out)
-        if wrong := check_files(out, manifest["files"]):
-            more = f", and {len(wrong) - 1} more files are not as they were made" if len(wrong) > 1 else ""
-            raise DamagedError(f"{out}: {wrong[0]}{more}")
     elif source is not None:
         raise CheckpointError(f"{out}: it has no {MANIFEST}, so what it was made from is not known")
-    tensors = stored_tensors(out)
+    tensors = list(stored_tensors(out).values())
     read_json(out / "config.json")
+    for path in files_below(out):
+        if path.suffix == ".safetensors" and path.parent != out:
+            tensors += read_header(path).values()
     return {
         "files": len(manifest["files"]),
         "tensors": len(tensors),
-        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
         "source_tensors": 0 if source is None else _check_source(out, manifest, source, root or source),
     }
 
@@ -93,23 +62,3 @@ def manifest_source(out: Path, manifest: dict[str, Any]) -> dict[str, dict[str, 
         noted = "it was made by a version that noted no checksums of its source"
         raise CheckpointError(f"{out}: {noted}; choose another folder or remove it")
     return manifest["source"]
-
-
-def read_manifest(out: Path) -> dict[str, Any]:
-    manifest = read_json(out / MANIFEST, "a manifest")
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not all(_is_record(name, record) for name, record in files.items()):
-        raise DamagedError(f"{out / MANIFEST}: not a manifest of this package")
-    if manifest.pop("sha256", None) != manifest_digest(manifest):
-        raise DamagedError(f"{out / MANIFEST}: it does not match its own checksum")
-    return manifest
-
-
-def manifest_digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _is_record(name: str, record: Any) -> bool:
-    path = Path(name)
-    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
-    return inside and isinstance(record, dict) and set(record) == {"bytes", "sha256"}

@@ -91,6 +91,8 @@ def _module_bits(given: list[str] | None) -> dict[str, int] | None:
 def _print_notes(plan: Any) -> None:
     for name in plan.left_out:
         print(f"kmq: left out: {plan.model_class} has no {name}", file=sys.stderr)
+    for name in plan.files_left_out:
+        print(f"kmq: left out: {name}, the model in another format", file=sys.stderr)
     for pattern in plan.unmatched:
         print(f"kmq: {pattern!r} matches no embedding or linear layer of {plan.model_class}", file=sys.stderr)
 

@@ -3,6 +3,7 @@
 from .content import file_record
 from .json import dump_json, parse_json, read_json
 from .locking import locked
+from .manifest import MANIFEST, DamagedError, check_files, manifest_digest, read_manifest, verify_files
 from .opening import CheckpointError, files_below, one_line, open_regular, read_exactly
 from .publishing import publish, publish_file, sync, write_json
 from .tensors import (
@@ -23,16 +24,20 @@ __all__ = [
     "DTYPES",
     "DTYPE_NAMES",
     "INDEX",
+    "MANIFEST",
     "OTHER_WEIGHTS",
     "PICKLES",
     "WEIGHTS",
     "CheckpointError",
+    "DamagedError",
     "StoredTensor",
+    "check_files",
     "dump_json",
     "file_record",
     "files_below",
     "header_bytes",
     "locked",
+    "manifest_digest",
     "one_line",
     "open_regular",
     "parse_json",
@@ -41,8 +46,10 @@ __all__ = [
     "read_exactly",
     "read_header",
     "read_json",
+    "read_manifest",
     "stored_tensors",
     "sync",
+    "verify_files",
     "weight_files",
     "write_json",
 ]
