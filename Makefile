@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
+TORCH_LIBRARIES := "libtorch*" "libc10*" "libcudart*" "libgomp*"
 
-.PHONY: help demo test test-slow lint sanitize bench gpu clean
+.PHONY: help demo test test-slow lint docs wheel sanitize bench gpu clean
 help:
 	@echo "make demo       the three stages on the embedded model and data, a table and $(DEMO_OUT)/results.json"
-	@echo "make test       lint, types and the test suite"
+	@echo "make test       lint, types, the documentation built strictly, and the test suite"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the documentation, into site/; a warning is an error"
+	@echo "make wheel      a manylinux wheel, built from the sdist, into dist/; prints its size and tag"
 	@echo "make sanitize   the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on random input"
 	@echo "make bench      the CPU benchmarks"
 	@echo "make gpu        on a CUDA machine, in the current environment: build, tests marked gpu, benchmarks, result file"
@@ -28,6 +31,12 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
+# The tools of `make docs` and `make wheel`, an environment each, so that their pins and those of the package do not meet.
+.venv-%/installed: requirements/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install -q -r $<
+	touch $@
+
 demo: $(VENV)/built
 	$(BIN)/kmq run minilm --task banking77 --bits 4 --bits 3 --bits 2 --scheme kmeans --scheme linear -o $(DEMO_OUT)
 
@@ -37,11 +46,25 @@ sanitize:
 	  $(CXX) -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc -o build/sanitize \
 	    $$driver $$(find csrc/cpu -name "*.cpp") && build/sanitize && KMQ_CPU_PATH=avx2 build/sanitize && KMQ_CPU_PATH=scalar build/sanitize || exit 1; done
 
-lint: $(VENV)/built
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+# From the sdist in a folder of its own: nothing of an earlier build gets in. torch's libraries are those of the torch that runs it.
+wheel: $(VENV)/installed .venv-wheel/installed
+	rm -rf build/wheel && mkdir -p build/wheel dist
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('build/wheel')" > build/wheel/sdist.log
+	cd build/wheel && $(CURDIR)/$(BIN)/pip wheel -q --no-build-isolation --no-deps -w built kmq_kernels-*.tar.gz
+	PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" .venv-wheel/bin/auditwheel -q repair --strip -w build/wheel/repaired \
+	  $(addprefix --exclude ,$(TORCH_LIBRARIES)) build/wheel/built/*.whl
+	mv build/wheel/repaired/*.whl dist/
+	@cd dist && ls -1t *.whl | head -n 1 | xargs -I{} sh -c 'echo "dist/{}: $$(stat -c %s {}) bytes"'
+
+test: lint docs $(VENV)/built
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: $(VENV)/built
@@ -55,4 +78,4 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py
 
 clean:
-	rm -rf build *.egg-info kmq_kernels/*.so $(VENV)/built
+	rm -rf build dist site *.egg-info kmq_kernels/*.so $(VENV)/built
