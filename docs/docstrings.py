@@ -1,9 +1,10 @@
 """An extension of griffe: a docstring in prose becomes Markdown.
 
 What stands before a colon at the beginning of a sentence names a parameter or a field: it begins an item of a list. "Returns" and
-"Raises" begin a paragraph. Everything else stays as it is written, with the characters escaped that Markdown would take for marks.
+"Raises" begin a paragraph. Everything else stays as it is written; characters that Markdown would take for marks are escaped.
 """
 
+import itertools
 import re
 import textwrap
 from typing import Any
@@ -32,14 +33,11 @@ def _paragraph(text: str) -> str:
     lines = text.splitlines()
     if all(line.startswith("    ") for line in lines):
         return text  # code, or a drawing
-    code = next((i for i, line in enumerate(lines) if i and line.startswith("    ") and lines[i - 1].endswith(":")), None)
-    if code is not None:  # "like so:" with the code on the next line
-        return "\n\n".join(_paragraph("\n".join(part)) for part in (lines[:code], lines[code:]))
     whole = " ".join(line.strip() for line in lines)
     parts = []
     for piece in VERDICT.split(whole):
         starts = [0, *(found.start() for found in NAMES.finditer(piece) if found.start()), len(piece)]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             parts.append(_item(piece[start:end].strip()))
     return "\n\n".join(part for part in parts if part)
 
