@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
-TORCH_LIBRARIES := "libtorch*" "libc10*" "libcudart*" "libgomp*"
+TORCH_LIBRARIES := "libtorch*" "libc10*" "libcudart*"
 
 .PHONY: help demo test test-slow lint docs wheel sanitize bench gpu clean
 help:
@@ -57,12 +57,14 @@ docs: .venv-docs/installed
 # From the sdist in a folder of its own: nothing of an earlier build gets in. torch's libraries are those of the torch that runs it.
 wheel: $(VENV)/installed .venv-wheel/installed
 	rm -rf build/wheel && mkdir -p build/wheel dist
-	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('build/wheel')" > build/wheel/sdist.log
-	cd build/wheel && $(CURDIR)/$(BIN)/pip wheel -q --no-build-isolation --no-deps -w built kmq_kernels-*.tar.gz
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('build/wheel')" > build/wheel/sdist.log 2>&1
+	tar -xzf build/wheel/*.tar.gz -C build/wheel
+	cd build/wheel/kmq_kernels-*/ && $(CURDIR)/$(BIN)/python -c \
+	  "from setuptools.build_meta import build_wheel; build_wheel('../built')" > ../wheel.log 2>&1 || { tail -n 40 ../wheel.log; exit 1; }
 	PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" .venv-wheel/bin/auditwheel -q repair --strip -w build/wheel/repaired \
 	  $(addprefix --exclude ,$(TORCH_LIBRARIES)) build/wheel/built/*.whl
 	mv build/wheel/repaired/*.whl dist/
-	@cd dist && ls -1t *.whl | head -n 1 | xargs -I{} sh -c 'echo "dist/{}: $$(stat -c %s {}) bytes"'
+	@cd dist && for wheel in $$(ls -t *.whl | head -n 1); do echo "dist/$$wheel: $$(stat -c %s $$wheel) bytes"; done
 
 test: lint docs $(VENV)/built
 	$(BIN)/python -m pytest -m "not slow and not gpu"
