@@ -18,9 +18,9 @@ GradReduction = Literal["sum", "mean"]
 Allocation = Literal["uniform", "distortion", "fisher", "hessian"]
 Weighting = Literal["none", "fisher"]
 
-# The systems that the source compares, see README, "The source's systems".
+# The systems that the source compares, see docs/finetune.md, "Many configurations side by side".
 PRESETS: dict[str, dict[str, Any]] = {
-    # The source's method as written: see README, "Where the method comes from".
+    # The source's method as written: see docs/index.md, "Where the method comes from".
     "paper": {
         "scheme": "kmeans",
         "granularity": "tensor",

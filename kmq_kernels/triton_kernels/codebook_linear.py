@@ -39,8 +39,8 @@ class Tile(NamedTuple):
 
 
 # Compute capability (the newest that is not newer than the device) -> largest M of a tile. M above the last is for cuBLAS. From
-# counted instructions and bytes, see the README; `make gpu` times both sides of every limit. (8, 6) and (12, 0) have 99 KB of
-# shared memory for a thread block.
+# counted instructions and bytes, see results/linear_gpu_code.md; `make gpu` times both sides of every limit. (8, 6) and (12, 0)
+# have 99 KB of shared memory for a thread block.
 _LITTLE_SHARED = {16: Tile(64, 16, 4, 3, 2), 32: Tile(64, 32, 4, 3, 2), 128: Tile(64, 64, 4, 2, 1)}
 PLANS: dict[tuple[int, int], dict[int, Tile]] = {
     (8, 0): {16: Tile(64, 16, 4, 3, 2), 32: Tile(64, 32, 4, 4, 2), 64: Tile(64, 64, 4, 3, 1), 256: Tile(128, 128, 8, 3, 1)},
