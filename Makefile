@@ -61,8 +61,8 @@ wheel: $(VENV)/installed .venv-wheel/installed
 	tar -xzf build/wheel/*.tar.gz -C build/wheel
 	cd build/wheel/kmq_kernels-*/ && $(CURDIR)/$(BIN)/python -c \
 	  "from setuptools.build_meta import build_wheel; build_wheel('../built')" > ../wheel.log 2>&1 || { tail -n 40 ../wheel.log; exit 1; }
-	PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" .venv-wheel/bin/auditwheel -q repair --strip -w build/wheel/repaired \
-	  $(addprefix --exclude ,$(TORCH_LIBRARIES)) build/wheel/built/*.whl
+	PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" .venv-wheel/bin/auditwheel repair --strip -w build/wheel/repaired \
+	  $(addprefix --exclude ,$(TORCH_LIBRARIES)) build/wheel/built/*.whl > build/wheel/repair.log 2>&1
 	mv build/wheel/repaired/*.whl dist/
 	@cd dist && for wheel in $$(ls -t *.whl | head -n 1); do echo "dist/$$wheel: $$(stat -c %s $$wheel) bytes"; done
 
