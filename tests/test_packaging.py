@@ -16,12 +16,12 @@ ROOT = Path(__file__).parent.parent
 
 # Outside the repository: clustering, packing, a model quantized in place, saved and loaded again.
 TEN_LINES = """
-import torch, transformers
-import kmq_kernels as kmq
+import torch, transformers, kmq_kernels as kmq
 result = kmq.kmeans(torch.arange(12.0).repeat(50), 4)
 assert torch.equal(result.centroids, torch.tensor([1.0, 4.0, 7.0, 10.0]))
 assert torch.equal(kmq.unpack(kmq.pack(result.assignments, 2), 2, 600), result.assignments)
-model = transformers.BertModel(transformers.BertConfig(100, 32, 2, 2, 64)).eval()
+sizes = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+model = transformers.BertModel(transformers.BertConfig(**sizes)).eval()
 kmq.quantize_(model, kmq.KMQConfig(bits=3))
 model.save_pretrained("packed")
 ids = torch.arange(20)[None]
