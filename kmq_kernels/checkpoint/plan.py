@@ -28,6 +28,7 @@ from ..files import (
     CheckpointError,
     StoredTensor,
     file_record,
+    files_below,
     one_line,
     stored_tensors,
 )
@@ -214,6 +215,8 @@ def make_plan(
         raise ValueError(f"shard_bytes: expected at least 1, got {shard_bytes}")
     if config.has_budget or config.needs_fisher:
         raise ValueError("allocation: a stream knows no sensitivities and no whole model; expected bits or module_bits")
+    if source.is_dir():
+        files_below(source, root)
     stored = stored_tensors(source)
     beside = side_files(source, root or source)
     dtype = models.model_dtype(source, stored)
