@@ -32,6 +32,7 @@ from ..files import (
     one_line,
     stored_tensors,
 )
+from ..hf import kept_names, model_dtype
 from ..quantization import KMQConfig, name_matches, plan, swap
 from .side_files import NOT_DOWNLOADED, files_left_out, side_files
 
@@ -219,9 +220,9 @@ def make_plan(
         files_below(source, root)
     stored = stored_tensors(source)
     beside = side_files(source, root or source)
-    dtype = models.model_dtype(source, stored)
+    dtype = model_dtype(source, stored)
     model, sources, left_out = models.build_model(source, stored, model_class, dtype)
-    kept = models.kept_names(model)
+    kept = kept_names(model)
     chosen = plan(model, config)
     if not chosen.quantized:
         raise CheckpointError(f"{source}: {type(model).__name__} has no embedding or linear layer to quantize")

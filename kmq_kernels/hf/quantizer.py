@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 
-from ..files import CheckpointError, read_header
-from ..layers import CodebookModule
-from ..quantization import QUANT_METHOD, KMQConfig, dequantize_, quantize_, swap_empty
+from ..files import CheckpointError, StoredTensor, read_header
+from ..quantization import QUANT_METHOD, KMQConfig, dequantize_, described, mark_quantized, plan, quantize_, swap, swap_empty
+from .contents import Contents, inspect, stored_dtype, untie, writer
+from .names import own_names
 
+for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+    mapping.pop(QUANT_METHOD, None)  # of this module before it was reloaded
 register_quantization_config(QUANT_METHOD)(KMQConfig)
 
 
@@ -21,18 +29,52 @@ class KMQQuantizer(HfQuantizer):
     """Hooks of from_pretrained: swap modules before a packed checkpoint is loaded, cluster after a plain one is."""
 
     quantization_config: KMQConfig
+    _renamings = False  # whether the names of the checkpoint lead to those of the model by transformers' renamings only
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if self.pre_quantized:
-            modules = swap_empty(model, self.quantization_config)
-            if files := kwargs.get("checkpoint_files"):
-                _check_tensors(modules, [Path(file) for file in files], model.base_model_prefix)
+        if not self.pre_quantized:
+            return model
+        if files := kwargs.get("checkpoint_files"):
+            self._fit(model, [Path(file) for file in files])
+        else:  # a state dict was given: there is no folder to look into
+            swap_empty(model, self.quantization_config)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            mark_quantized(model, self.quantization_config)
+        else:
             self.quantization_config = quantize_(model, self.quantization_config)
         return model
+
+    def _fit(self, model: Any, files: list[Path]) -> None:
+        """Puts codebook modules where the file has codebooks; what only this class has, beside that of the file, stays new."""
+        if any(file.suffix != ".safetensors" for file in files):
+            raise CheckpointError(f"{files[0]}: a quantized checkpoint is read from safetensors only")
+        stored = {name: tensor for file in files for name, tensor in read_header(file).items()}
+        config, folder = self.quantization_config, files[0].parent
+        contents = inspect(model, stored, config, stored_dtype(folder))
+        if contents.faults:
+            contents, self._renamings = _of_another(model, stored, config, folder, contents)
+        untie(model, contents.untied)
+        weights = plan(model, config).weights
+        as_planned = True
+        for weight in weights:
+            bits = next((contents.packed[name] for name in weight.modules if name in contents.packed), None)
+            as_planned = as_planned and bits == weight.bits
+            weight.bits = bits
+        modules = swap(model, [weight for weight in weights if weight.bits is not None], config)
+        if not as_planned:
+            left = [name for weight in weights if weight.bits is None for name in weight.modules]
+            self.quantization_config = described(modules, left, config)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """A packed checkpoint is not joined or split while it is loaded, and has the names of its own modules."""
+        from transformers.core_model_loading import WeightRenaming
+
+        if not self.pre_quantized:
+            return super().update_weight_conversions(weight_conversions, *args)
+        return [entry for entry in weight_conversions if self._renamings and isinstance(entry, WeightRenaming)]
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -58,22 +100,23 @@ class KMQQuantizer(HfQuantizer):
         return True
 
 
-def _check_tensors(modules: dict[str, CodebookModule], files: list[Path], prefix: str) -> None:
-    """Every stored part of a quantized weight is in the checkpoint, in the right shape: none would be left random."""
-    if any(file.suffix != ".safetensors" for file in files):
-        raise CheckpointError(f"{files[0]}: a quantized checkpoint is read from safetensors only")
-    shapes = {name: tensor.shape for file in files for name, tensor in read_header(file).items()}
-    expected: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
-    for name, module in modules.items():  # tied modules: one name in the file is enough
-        for parameter, tensor in module.stored().items():
-            expected.setdefault(id(tensor), []).append((f"{name}.{parameter}", tuple(tensor.shape)))
-    for names in expected.values():
-        for name, shape in names:
-            candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-            found = next((shapes[key] for key in candidates if key in shapes), None)
-            if found is not None and found != shape:
-                raise CheckpointError(f"{files[0].parent}: {name} has shape {found}, the configuration asks for {shape}")
-            if found is not None:
-                break
-        else:
-            raise CheckpointError(f"{files[0].parent}: {names[0][0]} is missing from the checkpoint")
+def _of_another(
+    model: Any, stored: dict[str, StoredTensor], config: KMQConfig, folder: Path, contents: Contents
+) -> tuple[Contents, bool]:
+    """What a checkpoint that another class wrote (or this one, configured otherwise) holds for a model.
+
+    That class has to have all of it, in full: else the checkpoint is damaged. So whatever is then missing for this model is new.
+    """
+    author = writer(folder, model)
+    if author is not None:
+        contents = inspect(author, stored, config, stored_dtype(folder))
+        if contents.faults:
+            raise CheckpointError(f"{folder}: {contents.faults[0]}")
+    found, renamings = own_names(model, stored)
+    contents = inspect(model, found, config, stored_dtype(folder))
+    prefix = f"{model.base_model_prefix}."
+    inner = hasattr(model, model.base_model_prefix)
+    unknown = [s for s in contents.missing if author is None and (s.startswith(prefix) or not inner)]
+    if faults := [*contents.damaged, *unknown]:
+        raise CheckpointError(f"{folder}: {faults[0]}")
+    return contents, renamings

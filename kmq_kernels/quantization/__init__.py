@@ -4,6 +4,7 @@ from .allocation import BITS, BudgetError, by_eigenvalue, distortion_curves, lea
 from .budget import check_budget
 from .config import PRESETS, QUANT_METHOD, KMQConfig, name_matches
 from .encoding import encode_weights, encoded_bytes
+from .marking import described, mark_quantized
 from .plan import HEADS, Plan, Weight, plan
 from .quantize import quantize_
 from .size import ModelSize, model_size
@@ -22,10 +23,12 @@ __all__ = [
     "by_eigenvalue",
     "check_budget",
     "dequantize_",
+    "described",
     "distortion_curves",
     "encode_weights",
     "encoded_bytes",
     "least_error",
+    "mark_quantized",
     "model_size",
     "name_matches",
     "plan",

@@ -15,8 +15,9 @@ from ._progress import weight_bar
 from .budget import allocate_bits
 from .config import KMQConfig
 from .encoding import encode_weights
+from .marking import mark_quantized
 from .plan import Weight, plan
-from .swap import mark_quantized, swap
+from .swap import swap
 
 
 def quantize_(
@@ -54,8 +55,7 @@ def quantize_(
     _encode(chosen, config, sample_weight, progress)
     swap(model, chosen, config)
     resolved = dataclasses.replace(config, skip=weights.left)
-    if hasattr(model, "hf_quantizer") or hasattr(model, "save_pretrained"):
-        mark_quantized(model, resolved)
+    mark_quantized(model, resolved)
     return resolved
 
 

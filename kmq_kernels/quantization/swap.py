@@ -7,8 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..layers import STORED, CodebookEmbedding, CodebookLinear, CodebookModule
-from .config import QUANT_METHOD, KMQConfig
+from ..layers import CodebookEmbedding, CodebookLinear, CodebookModule
+from .config import KMQConfig
+from .marking import retie, unmark
 from .plan import Weight, plan
 
 
@@ -58,41 +59,13 @@ def swap(model: nn.Module, weights: list[Weight], config: KMQConfig) -> dict[str
             for other in others:
                 setattr(other, part, parameter)
     _replace(model, new)
-    _retie(model, new)
+    retie(model, new)
     return cast("dict[str, CodebookModule]", new)
 
 
 def swap_empty(model: nn.Module, config: KMQConfig) -> dict[str, CodebookModule]:
     """Puts empty codebook modules (zeros, or meta) in place of the layers that `plan` names; returns them by name."""
     return swap(model, plan(model, config).quantized, config)
-
-
-def _retie(model: nn.Module, new: dict[str, nn.Module]) -> None:
-    """transformers ties parameters by name: X.weight becomes X.codebook, X.packed, ... for a codebook module X, or back."""
-    for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
-        keys = getattr(model, attribute, None)
-        if not isinstance(keys, dict):
-            continue
-        renamed = {}
-        for target, source in keys.items():
-            owner, _, parameter = target.rpartition(".")
-            module = next((m for name, m in new.items() if name == owner or name.endswith(f".{owner}")), None)
-            if module is None or parameter not in ("weight", *STORED):
-                renamed[target] = source
-                continue
-            for name in module.stored() if isinstance(module, CodebookModule) else ("weight",):
-                renamed[f"{owner}.{name}"] = f"{source.rpartition('.')[0]}.{name}"
-        setattr(model, attribute, renamed)
-
-
-def mark_quantized(model: Any, config: KMQConfig) -> None:
-    """What from_pretrained would set, so that save_pretrained and Trainer treat the model as quantized."""
-    from transformers.quantizers import AutoHfQuantizer
-
-    model.config.quantization_config = config
-    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = QUANT_METHOD
 
 
 def dequantize_(model: nn.Module) -> nn.Module:
@@ -112,12 +85,9 @@ def dequantize_(model: nn.Module) -> nn.Module:
             made[id(module)] = _plain(module, weight).train(module.training)
         new[name] = made[id(module)]
     _replace(model, new)
-    _retie(model, new)
-    config = getattr(model, "config", None)
-    if new and getattr(config, "quantization_config", None) is not None:
-        del cast(Any, config).quantization_config
-        model.hf_quantizer = None  # type: ignore[assignment]  # a class attribute of PreTrainedModel
-        model.is_quantized = False  # type: ignore[assignment]  # a class attribute, too
+    retie(model, new)
+    if new:
+        unmark(model)
     return model
 
 
