@@ -54,12 +54,7 @@ def quantize(
     shard_bytes = parse_bytes("shard-size", shard_size)
 
     def make_plan() -> Any:
-        name = model
-        if name == "minilm" and not Path(name).exists():
-            from ..training import resolve_model
-
-            name = resolve_model(name)
-        folder, root = checkpoint.find_source(name, revision)
+        folder, root = _source(model, revision)
         return checkpoint.make_plan(folder, config, model_class=model_class, shard_bytes=shard_bytes, root=root)
 
     plan = checkpoint.in_child(make_plan)
@@ -76,6 +71,17 @@ def quantize(
             )
         if job.rank == 0:
             _print_summary(summary, job.size, as_json)
+
+
+def _source(model: str, revision: str | None) -> tuple[Path, Path | None]:
+    """The folder of a model, and the root its links may lead to."""
+    from .. import checkpoint
+
+    if model == "minilm" and not Path(model).exists():
+        from ..training import resolve_model
+
+        model = resolve_model(model)
+    return checkpoint.find_source(model, revision)
 
 
 def _module_bits(given: list[str] | None) -> dict[str, int] | None:
@@ -133,10 +139,10 @@ def _progress() -> Iterator[Any]:
     """A bar on a terminal: share, MB/s, remaining time, current tensor; in a log a line every half minute."""
     from rich import progress as bars
 
-    screen = Console(stderr=True)
+    screen = Console(stderr=True, markup=False, emoji=False)
     columns = (
         bars.BarColumn(), bars.TaskProgressColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.description}"),
+        bars.TextColumn("{task.description}", markup=False),
     )  # fmt: skip
     start = said = time.monotonic()
     with bars.Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True) as bar:
@@ -174,19 +180,25 @@ def _print_summary(summary: Any, ranks: int, as_json: bool) -> None:
         table.add_row("of them", parts)
     table.add_row("peak memory", f"{summary.peak_bytes / 1e6:,.0f} MB")
     console.print(table)
-    console.print(f"complete, every file checked: {summary.out}")
+    if summary.side_files_made and not summary.shards_made:
+        console.print("made again from the source as it is now: the files beside the weights")
+    console.print(f"complete, every file checked: {summary.out}", soft_wrap=True)
 
 
 def verify(
     out: Annotated[Path, typer.Argument(help="Model folder, such as one that `kmq quantize` wrote.")],
+    source: Annotated[str | None, typer.Option(help="Also check that it was made from this model, as that is now.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id for --source.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check every file of a folder against its checksums, and every header against its file. Exit code 5: damaged."""
     from .. import checkpoint
 
-    found = checkpoint.verify_checkpoint(out)
+    found = checkpoint.verify_checkpoint(out, *((None, None) if source is None else _source(source, revision)))
     if as_json:
         print(json.dumps(found))
         return
     checked = f"{found['files']} files match their checksums" if found["files"] else f"no {checkpoint.MANIFEST}, so no checksums"
-    console.print(f"{out}: {found['tensors']} tensors, {found['bytes']:,} bytes, complete; {checked}")
+    if source is not None:
+        checked += f"; made from {found['source_tensors']} tensors of {source} as it is now"
+    console.print(f"{out}: {found['tensors']} tensors, {found['bytes']:,} bytes, complete; {checked}", soft_wrap=True)

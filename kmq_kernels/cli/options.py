@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-console = Console()
+console = Console(markup=False, emoji=False)  # what it prints is paths and names, in which [brackets] and :words: mean themselves
 
 
 class Scheme(str, enum.Enum):

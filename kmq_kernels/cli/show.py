@@ -25,7 +25,7 @@ def report(
     if markdown:
         print("\n".join(reports.markdown(summary) for summary in reports.summaries(reports.collect(folder))))
         return
-    console.print(f"written: {reports.write_report(folder, out)}")
+    console.print(f"written: {reports.write_report(folder, out)}", soft_wrap=True)
 
 
 def inspect(

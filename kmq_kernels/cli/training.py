@@ -133,21 +133,32 @@ def run(
         stage1=TrainingSettings(steps=steps, learning_rate=learning_rate, **shared),
         stage3=TrainingSettings(steps=second_steps, learning_rate=second_learning_rate, **shared),
         command=["kmq", *sys.argv[1:]],
-        announce=lambda text: console.print(f"[bold]{text}[/bold]"),
+        announce=lambda text: console.print(text, style="bold"),
         sensitivity=SensitivitySettings(fisher_batches=fisher_batches, hessian_batches=hessian_batches),
         control=control,
     )
     if compare is None and seeds == 1 and len(comparison.tasks) == 1:
         single = comparison.run_of(comparison.tasks[0], seed, out)
         single.keep_models = keep_models is not False
-        console.print(results_table(single()))
-        console.print(f"written: {out / 'results.json'}")
+        results = single()
+        console.print(results_table(results))
+        console.print(f"written: {out / 'results.json'}", soft_wrap=True)
+        _refuse_stopped([results])
         return
     comparison.keep_models = keep_models is True
-    comparison()
+    everything = comparison()
     for table in reports.summaries(reports.collect(out)):
         console.print(_summary_table(table))
-    console.print(f"written: {reports.write_report(out)}")
+    console.print(f"written: {reports.write_report(out)}", soft_wrap=True)
+    _refuse_stopped(everything)
+
+
+def _refuse_stopped(everything: list[dict[str, Any]]) -> None:
+    """Ends in an error where a stage diverged, after all else is done and written."""
+    from ..training import DivergedError, stopped_stages
+
+    if sentences := [sentence for results in everything for sentence in stopped_stages(results)]:
+        raise DivergedError("; ".join(sentences))
 
 
 def _name(config: Any) -> str:
@@ -182,16 +193,20 @@ def results_table(results: dict[str, Any]) -> Table:
         return f"{facts['bits_per_weight']:.2f}", f"{facts['bytes_on_disk'] / 1e6:.2f}", f"{facts['ratio']:.2f}x"
 
     def value(facts: dict[str, Any]) -> str:
+        if facts is not None and "stopped" in facts:
+            return "diverged"
         return "" if facts is None else f"{facts['metrics'][metric]:.4f}"
 
     first, control = results["stage1"], results["control"]
     table.add_row(f"fp32 ({first['seconds']:.0f} s)", value(first), "", *size(first), "", "")
     if control is not None:
-        table.add_row("fp32, control", "", value(control), *size(control), "", f"{control['seconds']:.0f}")
+        last = first if "stopped" in control else control
+        table.add_row("fp32, control", "", value(control), *size(last), "", f"{control['seconds']:.0f}")
     for name, stages in results["quantized"].items():
         second, third = stages["stage2"], stages["stage3"]
         table.add_row(
-            name, value(second), value(third), *size(third or second), f"{second['seconds']:.1f}",
+            name, value(second), value(third), *size(second if third is None or "stopped" in third else third),
+            f"{second['seconds']:.1f}",
             "" if third is None else f"{third['seconds']:.0f}",
         )  # fmt: skip
     return table
@@ -236,7 +251,7 @@ def finetune(
         shutil.rmtree(scratch, ignore_errors=True)
         training.save(network, tokenizer, partial)
     _print_metrics(metrics)
-    console.print(f"written: {out}")
+    console.print(f"written: {out}", soft_wrap=True)
 
 
 def evaluate(

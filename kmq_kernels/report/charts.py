@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
 
-from .tables import STAGES, Record, Value, configuration_names, family, metric_value, stage_facts
+from .tables import STAGES, Record, Value, configuration_names, family, measured, metric_value, once_a_seed, stage_facts
 
 # Okabe and Ito's colours, which readers with any colour vision tell apart; each series has its own marker, too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8a6d00", "#404040", "#e69f00")
@@ -89,14 +90,16 @@ def accuracy_chart(runs: Sequence[Record], style: dict[str, tuple[str, str]]) ->
     points: dict[str, dict[str, list[tuple[float, Value, str]]]] = {}
     for name in configuration_names(runs):
         for stage in STAGES:
-            facts = stage_facts(runs, name, stage)
+            facts = measured(runs, stage_facts(runs, name, stage))
             value = metric_value(runs, facts)
             if value is not None:
                 bits = statistics.fmean(each["bits_per_weight"] for each in facts)
                 points.setdefault(family(name), {}).setdefault(stage, []).append((bits, value, name))
-    first = metric_value(runs, [run.results["stage1"] for run in runs])
+    first = metric_value(runs, once_a_seed((run, run.results["stage1"]) for run in runs))
     everything = [point for stages in points.values() for series in stages.values() for point in series]
     values = [value for _, value, _ in everything] + ([first] if first else [])
+    if not values:
+        return ""
     low = min(value.mean - (value.error or 0.0) for value in values)
     high = max(value.mean + (value.error or 0.0) for value in values)
     pad = 0.04 * (high - low) or 0.05
@@ -164,8 +167,8 @@ def training_chart(runs: Sequence[Record], style: dict[str, tuple[str, str]]) ->
 
 def stage1_chart(runs: Sequence[Record]) -> str:
     """Loss of stage 1 against the step, a line for each seed."""
-    curves = [(run.seed, finite(run.results["stage1"].get("losses") or [])) for run in runs]
-    curves = [(seed, smooth(curve, max(1, len(curve) // 25))) for seed, curve in curves if curve]
+    found = {run.seed: finite(run.results["stage1"].get("losses") or []) for run in reversed(runs)}  # the first of a seed stays
+    curves = [(seed, smooth(curve, max(1, len(curve) // 25))) for seed, curve in sorted(found.items()) if curve]
     if not curves:
         return ""
     axes = Axes((1.0, float(max(2, *(len(c) for _, c in curves)))), (0.0, 1.05 * max(v for _, c in curves for v in c)))
@@ -177,9 +180,9 @@ def stage1_chart(runs: Sequence[Record]) -> str:
     return _svg("".join(parts), "training loss of stage 1")
 
 
-def finite(values: Sequence[float]) -> Sequence[float]:
+def finite(values: Sequence[float | None]) -> Sequence[float]:
     """What comes before the first value that is not finite: where a training diverged, its curve ends."""
-    return values[: next((i for i, value in enumerate(values) if not math.isfinite(value)), len(values))]
+    return list(itertools.takewhile(lambda value: value is not None and math.isfinite(value), values))  # type: ignore[arg-type]
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import dump_json, publish_file
 from .charts import accuracy_chart, escape, marker_shape, series_style, stage1_chart, training_chart
-from .tables import STAGES, Record, Summary, by_task, collect, configuration_names, family, summaries
+from .tables import STAGES, Group, Record, Summary, collect, configuration_names, family, grouped, summaries
 
 HERE = Path(__file__).parent
 
@@ -35,7 +36,7 @@ def layer_data(runs: Sequence[Record]) -> dict[str, Any]:
             for layer in _layers(run, name, stage):
                 if "bits" not in layer:
                     continue
-                centroids = [float(f"{c:.4g}") for c in layer["centroids"]]
+                centroids = [None if c is None else float(f"{c:.4g}") for c in layer["centroids"]]
                 entries[layer["name"]] = {
                     "bits": layer["bits"],
                     "error": layer.get("error"),
@@ -54,42 +55,40 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     """Writes the page of all runs in `folder` to `out`, default folder/report.html, whole or not at all; returns its path."""
     records = collect(folder)
     target = folder / "report.html" if out is None else out
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        partial.write_text(page(records), encoding="utf-8")
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    text = page(records)
+    with publish_file(target) as partial:
+        partial.write_text(text, encoding="utf-8")
     return target
 
 
 def page(records: Sequence[Record]) -> str:
     """The page as text."""
-    groups = by_task(records)
+    groups = grouped(records)
     tables = summaries(records)
     data, sections = [], []
-    for number, ((task, model), runs) in enumerate(groups.items()):
-        layers = layer_data(runs)
+    for number, group in enumerate(groups):
+        layers = layer_data(group.runs)
         data.append(layers)
-        sections.append(_section(number, task, model, runs, tables[number], bool(layers["configurations"])))
+        sections.append(_section(number, group, tables[number], bool(layers["configurations"])))
     seeds = ", ".join(str(seed) for seed in sorted({record.seed for record in records}))
-    links = "".join(f'<a href="#task{i}">{escape(task)}</a> ' for i, (task, _) in enumerate(groups))
+    names = [group.task + (f" ({group.detail})" if group.detail else "") for group in groups]
+    links = "".join(f'<a href="#task{i}">{escape(name)}</a> ' for i, name in enumerate(names))
     template = (HERE / "report.html").read_text(encoding="utf-8")
     content = {
         "STYLE": (HERE / "report.css").read_text(encoding="utf-8"),
         "SCRIPT": (HERE / "report.js").read_text(encoding="utf-8"),
-        "TITLE": escape(f"kmq: {', '.join(dict.fromkeys(task for task, _ in groups))}"),
+        "TITLE": escape(f"kmq: {', '.join(dict.fromkeys(group.task for group in groups))}"),
         "LEAD": escape(f"Runs: {len(records)}, seeds: {seeds}. Figures are means over the seeds ± their standard error."),
         "LINKS": links,
         "SECTIONS": "".join(sections),
-        "CONDITIONS": _conditions(records),
-        "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        "CONDITIONS": _conditions(records, groups),
+        "DATA": dump_json(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: content[match.group(1)], template)
 
 
-def _section(number: int, task: str, model: str, runs: Sequence[Record], table: Summary, layers: bool) -> str:
+def _section(number: int, group: Group, table: Summary, layers: bool) -> str:
+    runs = group.runs
     families = list(dict.fromkeys(family(name) for name in configuration_names(runs)))
     style = series_style(families)
     legend = "".join(
@@ -101,7 +100,7 @@ def _section(number: int, task: str, model: str, runs: Sequence[Record], table: 
         for k, text in ((2, "after stage 2 (hollow, dashed)"), (3, "after stage 3 (filled)"))
     )
     parts = [
-        f'<section id="task{number}" data-task="{number}"><h2>{escape(model)} on {escape(task)}</h2>',
+        f'<section id="task{number}" data-task="{number}"><h2>{escape(group.title)}</h2>',
         "<h3>Accuracy against size</h3>",
         f'<fieldset class="legend"><legend>Shown</legend>{legend}<span class="gap"></span>{stages}</fieldset>',
         accuracy_chart(runs, style),
@@ -149,21 +148,44 @@ def _layer_controls(number: int) -> str:
 <p class="note" id="facts{number}" aria-live="polite"></p>"""
 
 
-def _conditions(records: Sequence[Record]) -> str:
-    commands = dict.fromkeys(shlex.join(record.results.get("command") or []) for record in records)
+def _stages(record: Record) -> dict[str, dict[str, Any]]:
+    """The figures of every stage that is finished, by what it is called."""
+    results = record.results
+    found = {"stage 1": results["stage1"], "control": results.get("control")}
+    for name, stages in results["quantized"].items():
+        found |= {f"{name}, stage {stage[-1]}": stages.get(stage) for stage in STAGES}
+    return {name: facts for name, facts in found.items() if facts is not None}
+
+
+def _conditions(records: Sequence[Record], groups: Sequence[Group]) -> str:
+    commands: dict[str, None] = {}
+    versions: dict[str, dict[str, list[str]]] = {}  # what -> its values -> the stages that were made with them
+    for record in records:
+        stages = _stages(record)
+        if not any("versions" in facts for facts in stages.values()):  # results of an earlier version
+            stages = {"the last command": record.results}
+        for name, facts in stages.items():
+            commands[shlex.join(facts.get("command") or [])] = None
+            for key, value in facts.get("versions", {}).items():
+                versions.setdefault(key, {}).setdefault(str(value), []).append(name)
     parts = ["<h2>Conditions</h2><h3>Repeat it</h3>"]
     parts += [f"<pre tabindex='0'>{escape(command)}</pre>" for command in commands if command]
     parts.append("<h3>Versions and machine</h3><dl>")
-    versions: dict[str, dict[str, None]] = {}
-    for record in records:
-        for key, value in record.results.get("versions", {}).items():
-            versions.setdefault(key, {})[str(value)] = None
-    parts += [f"<dt>{escape(key)}</dt><dd>{escape(', '.join(values))}</dd>" for key, values in versions.items()]
-    parts.append("</dl><h3>Settings</h3><dl>")
-    request = records[0].results["request"]
-    for key in ("stage1", "stage3", "sensitivity", "rows"):
-        if key in request:
-            text = ", ".join(f"{name} {value}" for name, value in request[key].items())
-            parts.append(f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>")
+    for key, values in versions.items():
+        text = next(iter(values)) if len(values) == 1 else "; ".join(f"{v} ({_few(names)})" for v, names in values.items())
+        parts.append(f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>")
     parts.append("</dl>")
+    for group in groups:
+        request = group.runs[0].results["request"]
+        parts.append(f"<h3>Settings{escape(f': {group.title}') if len(groups) > 1 else ''}</h3><dl>")
+        for key in ("stage1", "stage3", "sensitivity", "rows"):
+            if key in request:
+                text = ", ".join(f"{name} {value}" for name, value in request[key].items() if name != "seed")
+                parts.append(f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>")
+        parts.append("</dl>")
     return "".join(parts)
+
+
+def _few(names: Sequence[str]) -> str:
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

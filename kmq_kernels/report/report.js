@@ -147,7 +147,7 @@ function drawHistogram(task, number, state) {
   const scheme = DATA[task].configurations[state.configuration.value].scheme;
   const drawable = !entry.scaled;
   if (drawable) {
-    const c = entry.centroids;
+    const c = entry.centroids.filter((v) => v !== null); // null: not finite
     const equal = scheme === "linear" && entry.codebooks === 1 && !entry.outliers;
     const borders = equal
       ? c.slice(1).map((_, i) => weights.low + span * (i + 1) / c.length)

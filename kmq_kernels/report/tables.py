@@ -1,4 +1,8 @@
-"""Runs collected from their folders, and the tables of their figures."""
+"""Runs collected from their folders, grouped, and the tables of their figures.
+
+Runs count as repetitions of one another when they differ in nothing but the seed: model, data, settings, version and, where
+both have a configuration, that too. Of runs with the same seed one counts.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +91,81 @@ def collect(folder: Path) -> list[Record]:
             records.append(record)
     if not records:
         raise ReportError(f"{folder}: no results of `kmq run` in it, nor up to two folders below")
-    return sorted(records, key=lambda record: (record.task, record.model, record.seed))
+    return sorted(records, key=lambda record: (record.task, record.model, record.seed, str(record.folder)))
 
 
-def by_task(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
-    groups: dict[tuple[str, str], list[Record]] = {}
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed. detail: what tells them from others of the same model and task."""
+
+    runs: tuple[Record, ...]
+    detail: str = ""
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        return self.runs[0].task
+
+    @property
+    def title(self) -> str:
+        """Model and task."""
+        return f"{self.runs[0].model} on {self.task}" + (f" ({self.detail})" if self.detail else "")
+
+
+def grouped(records: Sequence[Record]) -> list[Group]:
+    """The runs in groups, in the order of their first ones."""
+    groups: list[list[Record]] = []
     for record in records:
-        groups.setdefault((record.task, record.model), []).append(record)
-    return groups
+        mine = next((group for group in groups if all(_repeats(record, other) for other in group)), None)
+        if mine is None:
+            groups.append([record])
+        else:
+            mine.append(record)
+    found = []
+    for group in groups:
+        alike = [other for other in groups if (other[0].task, other[0].model) == (group[0].task, group[0].model)]
+        found.append(Group(tuple(group), _detail(group, alike) if len(alike) > 1 else ""))
+    return found
+
+
+_BY_NAME = ("configs", "stage3_of")  # parts of a request that runs of one comparison may have more or fewer of
+_CHECKSUMS = ("model_files", "data")
+
+
+def _repeats(one: Record, other: Record) -> bool:
+    first, second = (_settings(record.results["request"]) for record in (one, other))
+    for part in _BY_NAME:
+        shared = set(one.results["request"].get("configs", {})) & set(other.results["request"].get("configs", {}))
+        mine, theirs = first.pop(part, {}), second.pop(part, {})
+        if any(mine.get(name) != theirs.get(name) for name in shared):
+            return False
+    return first == second
+
+
+def _settings(content: Any) -> Any:
+    """A request without its seeds."""
+    if not isinstance(content, dict):
+        return content
+    return {name: _settings(value) for name, value in content.items() if name != "seed"}
+
+
+def _detail(group: Sequence[Record], alike: Sequence[Sequence[Record]]) -> str:
+    """The settings, three at most, in which a group is not as the others, and its folder where these do not say it."""
+    flat = [_flat({k: v for k, v in _settings(each[0].results["request"]).items() if k not in _CHECKSUMS}) for each in alike]
+    mine = flat[next(i for i, each in enumerate(alike) if each is group)]
+    differ = [name for name in mine if any(other.get(name, mine[name]) != mine[name] for other in flat)]
+    said = [f"{name} {mine[name]}" for name in differ[:3]]
+    told = sum(all(other.get(name) == mine[name] for name in differ[:3]) for other in flat) == 1
+    folder = group[0].folder.resolve()
+    place = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else folder.name
+    return ", ".join(said if said and told else [*said, f"in {place}"])
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        found |= _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def configuration_names(records: Sequence[Record]) -> list[str]:
@@ -104,14 +175,37 @@ def configuration_names(records: Sequence[Record]) -> list[str]:
 
 
 def stage_facts(records: Sequence[Record], name: str, stage: str) -> list[dict[str, Any]]:
-    found = [record.results["quantized"].get(name, {}).get(stage) for record in records]
-    return [facts for facts in found if facts is not None]
+    return once_a_seed((record, record.results["quantized"].get(name, {}).get(stage)) for record in records)
 
 
-def metric_value(records: Sequence[Record], facts: Sequence[dict[str, Any] | None]) -> Value | None:
+def once_a_seed(found: Iterable[tuple[Record, dict[str, Any] | None]]) -> list[dict[str, Any]]:
+    """The figures of a stage, where there are some: of each seed those of its first run."""
+    facts: dict[int, dict[str, Any]] = {}
+    for record, each in found:
+        if each is not None:
+            facts.setdefault(record.seed, each)
+    return list(facts.values())
+
+
+def measured(records: Sequence[Record], facts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without those that have no metric, because the training diverged."""
     metric = records[0].results["metric"]
-    values = tuple(float(each["metrics"][metric]) for each in facts if each is not None)
+    values = [(each, each["metrics"].get(metric)) for each in facts]
+    return [each for each, value in values if value is not None and math.isfinite(value)]
+
+
+def metric_value(records: Sequence[Record], facts: Sequence[dict[str, Any]]) -> Value | None:
+    metric = records[0].results["metric"]
+    values = tuple(float(each["metrics"][metric]) for each in measured(records, facts))
     return Value(values) if values else None
+
+
+def _outcome(records: Sequence[Record], facts: Sequence[dict[str, Any]]) -> str:
+    """The metric as text, and how many seeds diverged."""
+    value, stopped = metric_value(records, facts), len(facts) - len(measured(records, facts))
+    if not stopped:
+        return _text(value)
+    return "diverged" if value is None else f"{value} ({stopped} diverged)"
 
 
 def _mean(facts: Sequence[dict[str, Any]], key: str) -> float | None:
@@ -124,44 +218,37 @@ def _text(value: Any, form: str = "{}") -> str:
 
 
 def summaries(records: Sequence[Record]) -> list[Summary]:
-    """A table for each task: metric before and after stage 3 (mean and standard error over seeds), size, time, memory."""
+    """A table for each group of runs: metric before and after stage 3 (mean, standard error over seeds), size, time, memory."""
     tables = []
-    for (task, model), runs in by_task(records).items():
-        rows = []
-        first = [run.results["stage1"] for run in runs]
-        control = [run.results["control"] for run in runs if run.results.get("control") is not None]
-        rows.append(
-            _row(
-                "fp32 after stage 1", metric_value(runs, first), metric_value(runs, control), first, control or first, len(first)
-            )
-        )
-        for name in configuration_names(runs):
-            second, third = stage_facts(runs, name, "stage2"), stage_facts(runs, name, "stage3")
-            rows.append(_row(name, metric_value(runs, second), metric_value(runs, third), second, third or second, len(second)))
+    for group in grouped(records):
+        runs = group.runs
+        first = once_a_seed((run, run.results["stage1"]) for run in runs)
+        control = once_a_seed((run, run.results.get("control")) for run in runs)
+        rows = [_row("fp32 after stage 1", runs, first, control)]
+        rows += [
+            _row(name, runs, stage_facts(runs, name, "stage2"), stage_facts(runs, name, "stage3"))
+            for name in configuration_names(runs)
+        ]
         columns = ("configuration", "stage 2", "stage 3", "bits/w", "MB", "seeds", "s, stage 2", "s, stage 3", "peak MB")
-        tables.append(Summary(f"{model} on {task}: {runs[0].results['metric'].replace('_', ' ')}", columns, tuple(rows)))
+        tables.append(Summary(f"{group.title}: {runs[0].results['metric'].replace('_', ' ')}", columns, tuple(rows)))
     return tables
 
 
-def _row(
-    name: str,
-    before: Value | None,
-    after: Value | None,
-    second: Sequence[dict[str, Any]],
-    last: Sequence[dict[str, Any]],
-    seeds: int,
-) -> tuple[str, ...]:
+def _row(name: str, runs: Sequence[Record], second: Sequence[dict[str, Any]], third: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """second, third: figures of the stages before and after the fine-tuning that the columns are called by."""
+    trained = measured(runs, third)
+    last = trained or second
     size = _mean(last, "bytes_on_disk")
     memory = _mean(last, "peak_memory_bytes")
     return (
         name,
-        _text(before),
-        _text(after),
+        _outcome(runs, second),
+        _outcome(runs, third),
         _text(_mean(last, "bits_per_weight"), "{:.2f}"),
         _text(size and size / 1e6, "{:.2f}"),
-        str(seeds),
+        str(len(second)),
         _text(_mean(second, "seconds"), "{:.1f}"),
-        _text(_mean(last, "seconds") if after is not None else None, "{:.1f}"),
+        _text(_mean(trained, "seconds"), "{:.1f}"),
         _text(memory and memory / 1e6, "{:.0f}"),
     )
 
@@ -170,7 +257,8 @@ def markdown(summary: Summary) -> str:
     """The table in Markdown, figures to the right."""
     rule = "|".join(["---", *["---:"] * (len(summary.columns) - 1)])
     lines = [f"{summary.title}\n", f"| {' | '.join(summary.columns)} |", f"|{rule}|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in summary.rows)]) + "\n"
+    rows = ([cell.replace("|", "\\|") for cell in row] for row in summary.rows)
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
 def family(name: str) -> str:

@@ -3,13 +3,14 @@
 from .comparison import Comparison, Variant, read_variants, standard_variants
 from .finetune import calibration_batches, distillation_loss, evaluate, finetune, parameter_groups
 from .models import EMBEDDED_MODEL, load_for_task, resolve_model, save
-from .run import Run
-from .settings import PipelineError, SensitivitySettings, TrainingSettings
+from .run import Run, stopped_stages
+from .settings import DivergedError, PipelineError, SensitivitySettings, TrainingSettings
 from .tasks import Task, TaskError, load_task, tokenize
 
 __all__ = [
     "EMBEDDED_MODEL",
     "Comparison",
+    "DivergedError",
     "PipelineError",
     "Run",
     "SensitivitySettings",
@@ -28,5 +29,6 @@ __all__ = [
     "resolve_model",
     "save",
     "standard_variants",
+    "stopped_stages",
     "tokenize",
 ]

@@ -99,9 +99,16 @@ class Comparison:
     control: bool = True
 
     def __call__(self) -> list[dict[str, Any]]:
-        """Runs what is not finished yet, seed by seed, and returns the results of all runs."""
+        """Runs what is not finished yet, seed by seed, and returns the results of all runs.
+
+        Raises PipelineError before anything is computed where one of the folders holds another run.
+        """
         pairs = [(task, seed) for seed in self.seeds for task in self.tasks]
-        return [self.run_of(task, seed, self.out / task.name / f"seed{seed}")() for task, seed in pairs]
+        runs = [self.run_of(task, seed, self.out / task.name / f"seed{seed}") for task, seed in pairs]
+        for run in runs:
+            if run.out.exists():
+                run.check()
+        return [run() for run in runs]
 
     def run_of(self, task: Task, seed: int, out: Path) -> Run:
         """The run of one task and seed, in the folder `out`."""

@@ -20,7 +20,7 @@ def layer_facts(model: Any, original: Any = None) -> list[dict[str, Any]]:
     """What there is to know of every embedding and linear layer, as plain values.
 
     Of a weight in floating point its histogram; of a quantized one bits, bytes, the first codebook, and, with the `original`
-    model it came from, its error: the share of the squared deviation from the mean that is lost.
+    model it came from (on any device), its error: the share of the squared deviation from the mean that is lost.
     """
     layers = []
     for name, module in model.named_modules():
@@ -37,9 +37,10 @@ def layer_facts(model: Any, original: Any = None) -> list[dict[str, Any]]:
                 "centroids": [float(f"{c:.6g}") for c in module.codebook[0].tolist()],
             }
             if original is not None:
-                weight = original.get_submodule(name).weight.detach().double()
-                lost = (weight - module.weight.detach().double()).square().sum()
-                layer["error"] = float(lost / (weight - weight.mean()).square().sum().clamp_min(1e-300))
+                ours = module.weight.detach().double()
+                weight = original.get_submodule(name).weight.detach().to(ours.device).double()
+                share = (weight - ours).square().sum() / (weight - weight.mean()).square().sum().clamp_min(1e-300)
+                (layer["error"],) = share.reshape(1).tolist()
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             weight = module.weight.detach().float()
             low, high = float(weight.min()), float(weight.max())
@@ -86,6 +87,7 @@ def versions() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
         "processor": _processor(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
 
 

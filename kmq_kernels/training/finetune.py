@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from ..layers import CodebookModule
-from .settings import PipelineError, TrainingSettings
+from .settings import DivergedError, PipelineError, TrainingSettings
 from .tasks import Task, tokenize
 
 
@@ -55,6 +57,7 @@ def _training_arguments(folder: Path, settings: TrainingSettings, **more: Any) -
 
 
 DISTILL_TEMPERATURE = 2.0
+LOOK_EVERY = 16  # steps between two looks at the losses
 
 
 def distillation_loss(student: Any, teacher: Any, attention_mask: torch.Tensor, regression: bool) -> torch.Tensor:
@@ -86,12 +89,25 @@ class _StageTrainer(Trainer):
         self._teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.losses: list[torch.Tensor] = []
         super().__init__(**kwargs)
+        if self._teacher is not None and self.place_model_on_device:
+            self._move_model_to_device(self._teacher, self.args.device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Keeps the loss, without waiting for its value."""
+        """Keeps the loss, without waiting for its value but every few steps; raises DivergedError where one is no number."""
         loss = super().training_step(*args, **kwargs)
         self.losses.append(loss.detach())
+        if len(self.losses) % LOOK_EVERY == 0 and not bool(torch.stack(self.losses[-LOOK_EVERY:]).isfinite().all()):
+            self.checked_losses()
         return loss
+
+    def checked_losses(self) -> list[float]:
+        """The loss of every step; raises DivergedError where one is NaN or Inf."""
+        losses = torch.stack(self.losses).tolist()
+        wrong = next((step for step, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if wrong is not None:
+            where = f"from step {wrong + 1} of {self._settings.steps} on"
+            raise DivergedError(f"the loss is {losses[wrong]} {where}; a smaller learning rate may help", losses[:wrong])
+        return losses
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The task's loss, with the distance from the teacher where there is one."""
@@ -144,14 +160,19 @@ def finetune(
     """Fine-tunes `model` in place on the task's training set and returns the loss of every step. `scratch`: a folder Trainer may
     write to. teacher: a model to distill from, where the settings ask for it.
 
-    In a quantized model the packed indices stay as they are; codebooks and everything in floating point train.
+    In a quantized model the packed indices stay as they are; codebooks and everything in floating point train. Raises
+    DivergedError where a loss, or a weight at the end, is NaN or Inf.
     """
     if settings.distill and teacher is None:
         raise PipelineError("distill: expected a model to distill from; `kmq run` has one, the model of stage 1")
     train = tokenize(task.train, tokenizer, settings.max_length)
     trainer = _trainer(model, tokenizer, settings, scratch, train, teacher=teacher if settings.distill else None)
     trainer.train()
-    return torch.stack(trainer.losses).tolist()
+    losses = trainer.checked_losses()
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise DivergedError(f"{name} is NaN or Inf after step {settings.steps}; a smaller learning rate may help", losses)
+    return losses
 
 
 def calibration_batches(
@@ -167,13 +188,23 @@ def calibration_batches(
 
 
 def evaluate(model: Any, tokenizer: Any, task: Task, settings: TrainingSettings, scratch: Path) -> dict[str, float]:
-    """The task's metrics; where it has several evaluation sets, each key is "set/metric" and the plain key is of the first."""
+    """The task's metrics; where it has several evaluation sets, each key is "set/metric" and the plain key is of the first.
+
+    Raises DivergedError where an output of the model is NaN or Inf.
+    """
+
+    def of_finite(prediction: Any) -> dict[str, float]:
+        outputs = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        if not np.isfinite(outputs).all():
+            raise DivergedError(f"the model gives NaN or Inf for texts of the {name} set")
+        return task.compute_metrics(prediction)
+
     metrics: dict[str, float] = {}
     for name, split in task.evaluation.items():
         tokens = tokenize(split, tokenizer, settings.max_length)
         lengths = [len(ids) for ids in tokens["input_ids"]]
         tokens = tokens.select(sorted(range(len(lengths)), key=lengths.__getitem__))  # batches of similar length pad little
-        found = _trainer(model, tokenizer, settings, scratch, metrics=task.compute_metrics).evaluate(tokens)
+        found = _trainer(model, tokenizer, settings, scratch, metrics=of_finite).evaluate(tokens)
         for key in task.metrics:
             metrics.setdefault(key, float(found[f"eval_{key}"]))
             if len(task.evaluation) > 1:

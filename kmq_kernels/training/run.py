@@ -3,39 +3,44 @@
 A run lives in one folder. Every stage appears under its name only when it is complete, so a run that was interrupted goes on
 from the last finished stage:
 
-    OUT/run.json                          what was asked for; another request on the same folder is refused
+    OUT/run.json                          what was asked for, with the checksums of the model's files and of all rows of the data
+    OUT/.lock                             while a process works here; a second one is refused
     OUT/stage1/                           fine-tuned fp32 model
     OUT/fisher.safetensors, hessian...    sensitivities of its weights, where a configuration needs them
     OUT/control/                          the same, fine-tuned for the steps of stage 3
     OUT/kmeans-4bit/stage2/, stage3/      one pair for each scheme and number of bits
     OUT/results.json                      every figure, rewritten after each stage
 
-Each stage folder has stage.json (metrics, seconds, memory, losses) and layers.json (what became of every weight), from which
-`report` draws its page. Configurations may be added to a finished run.
+Each stage folder has stage.json (metrics, seconds, memory, losses; versions, machine and command that made it) and layers.json
+(what became of every weight), from which `report` draws its page. Configurations may be added to a finished run; anything else
+that differs from run.json, a row of the data or a file of the model included, is refused. A stage 3 or a control that diverges
+is stopped: its stage.json then has "stopped", a sentence, and the losses until there, and the other configurations go on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from .. import sensitivity
-from ..files import publish, write_json
+from .. import __version__, sensitivity
+from ..files import locked, publish, write_json
 from ..hf import load
 from ..quantization import KMQConfig, check_budget, model_size, plan, quantize_
 from .facts import layer_facts, peak_memory, reset_peak_memory, versions
 from .finetune import calibration_batches, evaluate, finetune
+from .identity import changed_file, data_digests, difference, model_digests
 from .models import folder_bytes, load_for_task, resolve_model, save
-from .settings import PipelineError, SensitivitySettings, TrainingSettings
+from .settings import DivergedError, PipelineError, SensitivitySettings, TrainingSettings
 from .tasks import Task
 
 log = logging.getLogger(__name__)
@@ -43,6 +48,7 @@ log = logging.getLogger(__name__)
 
 STAGE_FILE = "stage.json"
 LAYERS_FILE = "layers.json"
+LOCK = ".lock"
 
 
 @dataclasses.dataclass
@@ -65,13 +71,19 @@ class Run:
     stage3_of: dict[str, TrainingSettings | None] = dataclasses.field(default_factory=dict)
     sensitivity: SensitivitySettings = dataclasses.field(default_factory=SensitivitySettings)
     keep_models: bool = True
+    _checked: set[Path] = dataclasses.field(default_factory=set, init=False, repr=False)  # stages whose files are as noted
 
     def request(self) -> dict[str, Any]:
-        """All that decides the result."""
+        """All that decides the result; reads the model's files and the data for their checksums."""
+        labels = self.task.label_names
         return {
+            "kmq_kernels": __version__,
             "model": self.model,
-            "task": self.task.name,
+            "model_files": model_digests(resolve_model(self.model)),
+            "task": self.task.source or self.task.name,
             "num_labels": self.task.num_labels,
+            "labels": None if labels is None else list(labels),
+            "data": data_digests(self.task),
             "rows": {"train": len(self.task.train), **{name: len(split) for name, split in self.task.evaluation.items()}},
             "configs": {name: config.to_dict() for name, config in self.configs.items()},
             "stage3_of": {
@@ -85,8 +97,12 @@ class Run:
 
     def __call__(self) -> dict[str, Any]:
         """Runs what is not finished yet and returns the content of results.json."""
-        source = resolve_model(self.model)
-        self._open_folder()
+        with self._claimed():
+            self._open_folder()
+            self._checked.clear()
+            return self._run(resolve_model(self.model))
+
+    def _run(self, source: str) -> dict[str, Any]:
         first = self.out / "stage1"
         self._check_budgets(source, first)
         self._stage(first, "stage 1: fine-tune", lambda: load_for_task(source, self.task, self.stage1.seed), self.stage1)
@@ -94,7 +110,7 @@ class Run:
             self._stage(
                 self.out / "control",
                 f"control: {self.stage3.steps} more fp32 steps",
-                lambda: load_for_task(str(first), self.task, self.stage3.seed),
+                lambda: load_for_task(str(self._as_noted(first)), self.task, self.stage3.seed),
                 self.stage3,
             )
         for name, config in self.configs.items():
@@ -119,51 +135,75 @@ class Run:
                 # Its weights may be gone already: they are the same again.
                 if not list(second.glob("*.safetensors")):
                     return self._quantized(first, config)
-                return load(second), AutoTokenizer.from_pretrained(second)
+                return load(self._as_noted(second)), AutoTokenizer.from_pretrained(second)
 
             self._stage(third, f"{name}, stage 3: fine-tune again", again, training)
         if not self.keep_models:
             for file in (self.out / name).glob("*/*.safetensors"):
                 file.unlink()
 
-    def _open_folder(self) -> None:
-        """Starts a folder, or goes on with one: configurations may be added, nothing else may differ."""
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Keeps other processes from the folder; one that is killed leaves it free."""
+        self.check()
+        self.out.mkdir(parents=True, exist_ok=True)
+        with locked(self.out / LOCK, lambda: PipelineError(f"{self.out}: another process is working in it")):
+            yield
+
+    def check(self) -> dict[str, Any]:
+        """The request with what the folder has already; raises PipelineError where the folder holds something else."""
         marker = self.out / "run.json"
         request = json.loads(json.dumps(self.request()))
-        if marker.is_file():
-            before = {"stage3_of": {}, **json.loads(marker.read_text())}
-            parts = ("configs", "stage3_of")
+        if not marker.is_file():
+            if self.out.exists() and (not self.out.is_dir() or any(path.name != LOCK for path in self.out.iterdir())):
+                raise PipelineError(f"{self.out}: it exists and is not a run of this command; choose another folder or remove it")
+            return request
+        before = {"stage3_of": {}, **json.loads(marker.read_text())}
+        shared = [name for name in request["configs"] if name in before["configs"]]
+        everywhere = ("configs", "stage3_of")
 
-            def asked(content: dict[str, Any], name: str) -> tuple[Any, Any]:
-                return content["configs"][name], content["stage3_of"].get(name, "as all")
+        def asked(content: dict[str, Any]) -> dict[str, Any]:
+            named = {name: [content["configs"][name], content["stage3_of"].get(name, "as all")] for name in shared}
+            return {**{key: value for key, value in content.items() if key not in everywhere}, "configs": named}
 
-            same = all(asked(before, name) == asked(request, name) for name in before["configs"] if name in request["configs"])
-            if not same or any(before.get(key) != value for key, value in request.items() if key not in parts):
-                raise PipelineError(f"{self.out}: it holds another run (see {marker}); choose another folder or remove it")
-            for part in parts:
-                request[part] = {**before[part], **request[part]}
-        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise PipelineError(f"{self.out}: it exists and is not a run of this command; choose another folder or remove it")
+        if what := difference(asked(before), asked(request)):
+            raise PipelineError(f"{self.out}: it holds another run ({what}); choose another folder or remove it")
+        for part in everywhere:
+            request[part] = {**before[part], **request[part]}
+        return request
+
+    def _open_folder(self) -> None:
+        """Starts a folder, or goes on with one: configurations may be added, nothing else may differ."""
+        request = self.check()
         self.out.mkdir(parents=True, exist_ok=True)
-        write_json(marker, request)
+        write_json(self.out / "run.json", request)
+
+    def _as_noted(self, stage: Path) -> Path:
+        """The folder of a finished stage, whose files are still those that it wrote."""
+        if stage not in self._checked:
+            noted = json.loads((stage / STAGE_FILE).read_text())["files"]
+            if name := changed_file(stage, noted):
+                raise PipelineError(f"{stage / name}: it is not the file that the stage wrote; remove {self.out} and begin anew")
+            self._checked.add(stage)
+        return stage
 
     def _quantized(self, first: Path, config: KMQConfig) -> tuple[Any, Any]:
-        model, tokenizer = load(first), AutoTokenizer.from_pretrained(first)
+        model, tokenizer = load(self._as_noted(first)), AutoTokenizer.from_pretrained(first)
         importance = eigenvalues = None
         how, names = self.sensitivity, [weight.name for weight in plan(model, config).quantized]
         # Of all weights that could be quantized: configurations with other `skip` share the file.
         if config.needs_fisher:
             batches = self._calibration(tokenizer, how.fisher_batch_size, how.fisher_batches)
-            fisher = sensitivity.fisher_diagonal(model, batches, path=self.out / "fisher.safetensors")
-            importance = {name: fisher[name] for name in names if name in fisher}
+            fisher = sensitivity.fisher_diagonal(model.to(_device()), batches, path=self.out / "fisher.safetensors")
+            importance = {name: fisher[name].cpu() for name in names if name in fisher}
             importance = sensitivity.importance(importance, how.damping)
         if config.allocation == "hessian":
             batches = self._calibration(tokenizer, how.hessian_batch_size, how.hessian_batches)
             eigenvalues = sensitivity.hessian_eigenvalues(
-                model, batches, iterations=how.hessian_iterations, path=self.out / "hessian.safetensors"
+                model.to(_device()), batches, iterations=how.hessian_iterations, path=self.out / "hessian.safetensors"
             )
             eigenvalues = {name: eigenvalues[name] for name in names if name in eigenvalues}
-        quantize_(model, config, sample_weight=importance, eigenvalues=eigenvalues)
+        quantize_(model.cpu(), config, sample_weight=importance, eigenvalues=eigenvalues)
         return model, tokenizer
 
     def _calibration(self, tokenizer: Any, batch_size: int, count: int) -> list[dict[str, torch.Tensor]]:
@@ -171,41 +211,64 @@ class Run:
 
     def _stage(self, folder: Path, title: str, make: Callable[[], tuple[Any, Any]], training: TrainingSettings | None) -> None:
         if (folder / STAGE_FILE).is_file():
-            self.announce(f"{title}: finished earlier")
+            stopped = json.loads((folder / STAGE_FILE).read_text()).get("stopped")
+            self.announce(f"{title}: {stopped or 'finished earlier'}")
             return
         self.announce(title)
         start = time.perf_counter()
         reset_peak_memory()
         model, tokenizer = make()
         with publish(folder) as partial:
-            scratch = partial / "trainer"
-            losses = []
+            try:
+                facts = self._made(partial, model, tokenizer, training, start)
+                original = None if folder.parent == self.out else load(self._as_noted(self.out / "stage1"))
+                write_json(partial / LAYERS_FILE, layer_facts(model, original))
+            except DivergedError as error:
+                if folder.name not in ("stage3", "control"):  # the others are what everything else is made of
+                    raise
+                stopped = f"stopped: {error}; remove {folder} to try it again"
+                self.announce(f"{title}: {stopped}")
+                facts = {
+                    "stopped": stopped,
+                    "metrics": {},
+                    "seconds": round(time.perf_counter() - start, 2),
+                    "losses": [round(loss, 5) for loss in error.losses],
+                }
+            write_json(partial / STAGE_FILE, {**facts, "versions": versions(), "command": list(self.command)})
+        write_json(self.out / "results.json", self.results())
+
+    def _made(self, partial: Path, model: Any, tokenizer: Any, training: TrainingSettings | None, start: float) -> dict[str, Any]:
+        """Trains and evaluates a model, saves it in the folder `partial`, and returns its figures."""
+        scratch = partial / "trainer"
+        losses = []
+        try:
             if training is not None:
-                teacher = load(self.out / "stage1") if training.distill else None
+                teacher = load(self._as_noted(self.out / "stage1")) if training.distill else None
                 losses = finetune(model, tokenizer, self.task, training, scratch, teacher)
             seconds = time.perf_counter() - start
             memory = peak_memory()
             metrics = evaluate(model, tokenizer, self.task, training or self.stage3, scratch)
+        finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            save(model, tokenizer, partial)
-            size = model_size(model)
-            facts = {
-                "metrics": metrics,
-                "seconds": round(seconds, 2),
-                "evaluation_seconds": round(time.perf_counter() - start - seconds, 2),
-                "peak_memory_bytes": memory,
-                "bits_per_weight": size.bits_per_weight,
-                "ratio": size.ratio,
-                "bytes_on_disk": folder_bytes(partial),
-                "losses": [round(loss, 5) for loss in losses],
-            }
-            original = None if folder.parent == self.out else load(self.out / "stage1")
-            write_json(partial / LAYERS_FILE, layer_facts(model, original))
-            write_json(partial / STAGE_FILE, facts)
-        write_json(self.out / "results.json", self.results())
+        save(model, tokenizer, partial)
+        size = model_size(model)
+        return {
+            "metrics": metrics,
+            "seconds": round(seconds, 2),
+            "evaluation_seconds": round(time.perf_counter() - start - seconds, 2),
+            "peak_memory_bytes": memory,
+            "bits_per_weight": size.bits_per_weight,
+            "ratio": size.ratio,
+            "bytes_on_disk": folder_bytes(partial),
+            "losses": [round(loss, 5) for loss in losses],
+            "files": model_digests(str(partial)),
+        }
 
     def results(self) -> dict[str, Any]:
-        """What is finished so far: figures, settings, versions and the command."""
+        """What is finished so far: figures and settings.
+
+        Each stage has the versions, the machine and the command that made it; those at the top are of stage 1.
+        """
 
         def facts(*parts: str) -> Any:
             file = self.out.joinpath(*parts, STAGE_FILE)
@@ -214,12 +277,25 @@ class Run:
         marker = self.out / "run.json"
         request = json.loads(marker.read_text()) if marker.is_file() else self.request()
         names = list(request["configs"])
+        first = facts("stage1")
         return {
-            "command": list(self.command),
+            "command": (first or {}).get("command", []),
             "metric": self.task.metric,
             "request": request,
-            "stage1": facts("stage1"),
+            "stage1": first,
             "control": facts("control"),
             "quantized": {name: {"stage2": facts(name, "stage2"), "stage3": facts(name, "stage3")} for name in names},
-            "versions": versions(),
+            "versions": (first or {}).get("versions", {}),
         }
+
+
+def stopped_stages(results: dict[str, Any]) -> list[str]:
+    """A sentence for each stage of a run that diverged and was stopped."""
+    stages = {"control": results["control"]}
+    stages |= {f"{name}, stage 3": stages["stage3"] for name, stages in results["quantized"].items()}
+    return [f"{name}: {facts['stopped']}" for name, facts in stages.items() if facts is not None and "stopped" in facts]
+
+
+def _device() -> torch.device:
+    """Where Trainer has its models, and sensitivities are computed."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

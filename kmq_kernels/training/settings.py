@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from .. import sensitivity
 
 
 class PipelineError(ValueError):
     """A request that cannot be carried out, with the reason in one sentence."""
+
+
+class DivergedError(PipelineError):
+    """A model whose losses, weights or outputs are no numbers any more. losses: of every step before that."""
+
+    def __init__(self, sentence: str, losses: Sequence[float] = ()) -> None:
+        super().__init__(sentence)
+        self.losses = list(losses)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,7 @@ class Task:
     train: Dataset
     evaluation: dict[str, Dataset]  # "test", "validation", or MNLI's "validation_matched" and "validation_mismatched"
     skipped_lines: dict[str, int] = field(default_factory=dict)  # file name -> malformed lines left out (QQP and MNLI have some)
+    source: str | None = None  # of own data the training file and its folder, "reviews/train.csv"
 
     @property
     def metric(self) -> str:
@@ -286,11 +287,11 @@ def _from_files(train_file: Path, validation_file: Path, text_columns: Sequence[
         if path.suffix.lower() not in (".csv", ".tsv", ".jsonl"):
             raise TaskError(f"{path}: the file name must end in .csv, .tsv or .jsonl.")
     train, validation = (_read_split(path, text_columns, label_column) for path in (train_file, validation_file))
-    name = train_file.stem
+    name, source = train_file.stem, f"{train_file.resolve().parent.name}/{train_file.name}"
     numbers = [_number(label) for label in train.labels]
     if any(number is not None and not number.is_integer() for number in numbers):
         data = (split.dataset(split.numbers(), regression=True) for split in (train, validation))
-        return Task(name, 1, None, True, ("pearson", "spearman"), next(data), {"validation": next(data)})
+        return Task(name, 1, None, True, ("pearson", "spearman"), next(data), {"validation": next(data)}, source=source)
     if None in numbers:
         keys, validation_keys = train.labels, validation.labels
         classes = tuple(sorted(set(keys)))
@@ -300,10 +301,10 @@ def _from_files(train_file: Path, validation_file: Path, text_columns: Sequence[
         classes = tuple(sorted(set(keys), key=int))
     if len(classes) < 2:
         raise TaskError(f"{train_file}: all labels are {classes[0]!r}, and a classification needs at least two.")
-    source = "the labels of the training file"
-    train_data = train.dataset(train.class_indices(keys, classes, source), regression=False)
-    validation_data = validation.dataset(validation.class_indices(validation_keys, classes, source), regression=False)
-    return Task(name, len(classes), classes, False, ("accuracy",), train_data, {"validation": validation_data})
+    known = "the labels of the training file"
+    train_data = train.dataset(train.class_indices(keys, classes, known), regression=False)
+    validation_data = validation.dataset(validation.class_indices(validation_keys, classes, known), regression=False)
+    return Task(name, len(classes), classes, False, ("accuracy",), train_data, {"validation": validation_data}, source=source)
 
 
 def _number(label: str) -> float | None:
