@@ -4,6 +4,9 @@
 #include <torch/extension.h>
 
 #include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <tuple>
 #ifdef KMQ_CUDA
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -102,6 +105,96 @@ Tensor codebook_linear(const Tensor& input_in, const Tensor& packed_in, const Te
   kmq::cpu::codebook_linear(input.const_data_ptr(), dtype_of(input), output.numel() / matrix.rows, matrix,
                             codebook.const_data_ptr<float>(), group_rows, bias.defined() ? bias.const_data_ptr<float>() : nullptr,
                             output.mutable_data_ptr(), parallel);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> int8_codebook(const Tensor& packed_in, const Tensor& codebook_in, int64_t cols, int64_t group_rows) {
+  const Tensor packed = packed_in.contiguous(), codebook = codebook_in.to(at::kFloat).contiguous();
+  const kmq::Packed matrix = packed_of(packed, cols, codebook.size(1));
+  check_groups(matrix.rows, codebook.size(0), group_rows);
+  TORCH_CHECK(cols <= kmq::cpu::kInt8Cols, "cols: too many");
+  Tensor table = at::empty(codebook.sizes(), codebook.options().dtype(at::kChar));
+  Tensor scale = at::empty({codebook.size(0)}, codebook.options());
+  Tensor offset = at::empty({matrix.rows}, codebook.options().dtype(at::kInt));
+  kmq::cpu::int8_codebook(matrix, codebook.const_data_ptr<float>(), group_rows, table.mutable_data_ptr<int8_t>(),
+                          scale.mutable_data_ptr<float>(), offset.mutable_data_ptr<int32_t>(), parallel);
+  return {table, scale, offset};
+}
+
+kmq::cpu::Activation activation_of(const std::string& name) {
+  using kmq::cpu::Activation;
+  for (const auto& [known, activation] : {std::pair{"none", Activation::none}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh},
+                                          {"relu", Activation::relu}, {"silu", Activation::silu}})
+    if (name == known) return activation;
+  TORCH_CHECK(false, "activation: got ", name);
+}
+
+// Keeps what the pointers of a LinearWeight point to.
+struct HeldWeight {
+  Tensor packed, codebook, table, factor, offset, row_scale, bias, outlier_index, outlier_delta;
+  kmq::cpu::LinearWeight weight;
+
+  static Tensor kept(const std::optional<Tensor>& from, at::ScalarType type, int64_t numel, const char* name) {
+    if (!from) return Tensor();
+    Tensor out = from->to(type).contiguous();
+    TORCH_CHECK(out.numel() == numel, name, ": does not fit");
+    return out;
+  }
+
+  // Either a codebook, for fp32, or table, factor and offset, for integers.
+  HeldWeight(const Tensor& packed_in, int64_t cols, int64_t group_rows, const std::optional<Tensor>& codebook_in,
+             const std::optional<Tensor>& table_in, const std::optional<Tensor>& factor_in, const std::optional<Tensor>& offset_in,
+             const std::optional<Tensor>& row_scale_in, const std::optional<Tensor>& bias_in,
+             const std::optional<Tensor>& outlier_index_in, const std::optional<Tensor>& outlier_delta_in) {
+    packed = packed_in.contiguous();
+    const Tensor& book = table_in ? *table_in : codebook_in.value();
+    const kmq::Packed matrix = packed_of(packed, cols, book.size(1));
+    const int64_t rows = matrix.rows;
+    check_groups(rows, book.size(0), group_rows);
+    if (table_in) {
+      TORCH_CHECK(table_in->scalar_type() == at::kChar && factor_in && offset_in && cols <= kmq::cpu::kInt8Cols, "table: does not fit");
+      table = table_in->contiguous();
+      const int limit = kmq::cpu::int8_limit(matrix.bits);
+      const int8_t* entry = table.const_data_ptr<int8_t>();
+      int most = 0;  // beyond the limit a sum of two products would saturate
+      for (int64_t i = 0; i < table.numel(); ++i) most = std::max<int>(most, std::abs(int(entry[i])));
+      TORCH_CHECK_VALUE(most <= limit, "table: expected entries of at most ", limit, " for ", matrix.bits, " bits, got ", most);
+      factor = kept(factor_in, at::kFloat, rows, "factor");
+      offset = kept(offset_in, at::kInt, rows, "offset");
+    } else {
+      codebook = codebook_in->to(at::kFloat).contiguous();
+    }
+    row_scale = kept(row_scale_in, at::kFloat, rows, "row_scale");
+    bias = kept(bias_in, at::kFloat, rows, "bias");
+    const int64_t outliers = outlier_index_in ? outlier_index_in->numel() : 0;
+    outlier_index = kept(outlier_index_in, at::kInt, outliers, "outlier_index");
+    outlier_delta = kept(outlier_delta_in, at::kFloat, outliers, "outlier_delta");
+    TORCH_CHECK(outlier_index.defined() == outlier_delta.defined(), "outlier_delta: does not fit");
+    if (outliers) {
+      const int32_t* at = outlier_index.const_data_ptr<int32_t>();
+      TORCH_CHECK_INDEX(at[0] >= 0 && at[outliers - 1] < rows * cols && std::is_sorted(at, at + outliers),
+                        "outlier_index: expected ascending positions in [0, ", rows * cols, ")");
+    }
+    const auto floats = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
+    const auto ints = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<int32_t>() : nullptr; };
+    weight = {matrix, group_rows, floats(codebook), table.defined() ? table.const_data_ptr<int8_t>() : nullptr, floats(factor), ints(offset),
+              floats(row_scale), floats(bias), ints(outlier_index), floats(outlier_delta), outliers};
+  }
+};
+
+Tensor int8_linear(const Tensor& input_in, const Tensor& packed, const Tensor& table, const Tensor& factor, const Tensor& offset,
+                   const std::optional<Tensor>& bias, int64_t group_rows, const std::optional<Tensor>& outlier_index,
+                   const std::optional<Tensor>& outlier_delta, std::string activation) {
+  const Tensor input = input_in.contiguous();
+  TORCH_CHECK(input.dim() >= 1 && input.scalar_type() != at::kDouble, "input: does not fit");
+  const HeldWeight held(packed, input.size(-1), group_rows, std::nullopt, table, factor, offset, std::nullopt, bias, outlier_index,
+                        outlier_delta);
+  auto sizes = input.sizes().vec();
+  sizes.back() = held.weight.packed.rows;
+  Tensor output = at::empty(sizes, input.options());
+  if (output.numel() == 0) return output;
+  kmq::cpu::int8_linear(input.const_data_ptr(), dtype_of(input), output.numel() / held.weight.packed.rows, held.weight,
+                        activation_of(activation), output.mutable_data_ptr(), parallel);
   return output;
 }
 
@@ -261,6 +354,133 @@ std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, std::vector<int64_t>> km
   return {labels, centroids, inertia, n_iter, bound, faults};
 }
 
+// What Python describes an encoder with: see kmq_kernels/layers/encoder.py, which makes these.
+class HeldEncoder {
+ public:
+  explicit HeldEncoder(const pybind11::dict& facts) {
+    encoder_.hidden = facts["hidden"].cast<int64_t>();
+    encoder_.heads = facts["heads"].cast<int64_t>();
+    TORCH_CHECK(encoder_.heads > 0 && encoder_.hidden % encoder_.heads == 0, "heads: does not fit");
+    encoder_.activation = activation_of(facts["activation"].cast<std::string>());
+    encoder_.norm_first = facts["norm_first"].cast<bool>();
+    encoder_.gated = facts["gated"].cast<bool>();
+    encoder_.padding = facts["padding"].cast<int64_t>();
+    for (const auto& item : facts["embeddings"]) {
+      const auto parts = item.cast<pybind11::dict>();
+      encoder_.embeddings.push_back(table(parts));
+      TORCH_CHECK(encoder_.embeddings.back().cols == encoder_.embeddings[0].cols, "embeddings: do not fit");
+      const auto ids = parts["ids"].cast<std::string>();
+      encoder_.ids.push_back(ids == "columns" ? kmq::cpu::TokenIds::columns
+                             : ids == "counted" ? kmq::cpu::TokenIds::counted
+                                                : kmq::cpu::TokenIds::given);
+    }
+    const int64_t hidden = encoder_.hidden, width = encoder_.embeddings.at(0).cols;
+    encoder_.embedding_norm = norm(facts["embedding_norm"], width);
+    encoder_.projection = kmq::cpu::LinearWeight{};
+    if (!facts["projection"].is_none()) encoder_.projection = weight(facts["projection"], width, hidden);
+    else TORCH_CHECK(width == hidden, "embeddings: do not fit");
+    for (const auto& item : facts["layers"]) encoder_.layers.push_back(layer(item.cast<pybind11::dict>()));
+    encoder_.order = facts["order"].cast<std::vector<int64_t>>();
+    for (const int64_t i : encoder_.order) TORCH_CHECK(i >= 0 && i < int64_t(encoder_.layers.size()), "order: does not fit");
+    encoder_.final_norm = norm(facts["final_norm"], hidden);
+    const auto bias = facts["relative_bias"].cast<std::optional<Tensor>>();
+    encoder_.relative_bias = bias ? floats(*bias, bias->numel()) : nullptr;
+    encoder_.reach = bias ? (bias->size(1) - 1) / 2 : 0;
+    TORCH_CHECK(!bias || (bias->size(0) == encoder_.heads && bias->size(1) == 2 * encoder_.reach + 1), "relative_bias: does not fit");
+  }
+
+  // ids: int64 (batch, length) or None for each embedding; mask: bool (batch, length) or None. Returns fp32 (batch, length, hidden).
+  Tensor run(const std::vector<std::optional<Tensor>>& ids, const std::optional<Tensor>& mask) const {
+    TORCH_CHECK(ids.size() == encoder_.embeddings.size() && ids[0] && ids[0]->dim() == 2, "ids: do not fit");
+    const int64_t batch = ids[0]->size(0), length = ids[0]->size(1);
+    std::vector<Tensor> kept;
+    kmq::cpu::EncoderInput input{batch, length, {}, nullptr};
+    for (const auto& given : ids) {
+      input.ids.push_back(nullptr);
+      if (!given) continue;
+      kept.push_back(given->to(at::kLong).expand({batch, length}).contiguous());
+      input.ids.back() = kept.back().const_data_ptr<int64_t>();
+    }
+    if (mask) {
+      TORCH_CHECK(mask->sizes() == ids[0]->sizes() && mask->scalar_type() == at::kBool, "mask: does not fit");
+      kept.push_back(mask->contiguous());
+      input.mask = reinterpret_cast<const uint8_t*>(kept.back().const_data_ptr<bool>());
+    }
+    Tensor out = at::empty({batch, length, encoder_.hidden}, at::kFloat);
+    const pybind11::gil_scoped_release released;
+    try {
+      kmq::cpu::encode(encoder_, input, out.mutable_data_ptr<float>(), at::get_num_threads(), parallel);
+    } catch (const std::out_of_range& error) {
+      TORCH_CHECK_INDEX(false, error.what());
+    }
+    return out;
+  }
+
+ private:
+  const float* floats(const Tensor& from, int64_t numel) {
+    kept_.push_back(from.to(at::kFloat).contiguous());
+    TORCH_CHECK(kept_.back().numel() == numel, "encoder: expected ", numel, " numbers, got ", kept_.back().numel());
+    return kept_.back().const_data_ptr<float>();
+  }
+
+  kmq::cpu::Norm norm(const pybind11::handle& from, int64_t width) {
+    if (from.is_none()) return {};
+    const auto [weight, bias, eps] = from.cast<std::tuple<Tensor, std::optional<Tensor>, double>>();
+    return {floats(weight, width), bias ? floats(*bias, width) : nullptr, float(eps)};
+  }
+
+  kmq::cpu::LinearWeight weight(const pybind11::handle& from, int64_t cols, int64_t rows) {
+    const auto parts = from.cast<pybind11::dict>();
+    const auto tensor = [&](const char* name) { return parts[name].cast<std::optional<Tensor>>(); };
+    weights_.push_back(std::make_unique<HeldWeight>(*tensor("packed"), cols, parts["group_rows"].cast<int64_t>(), tensor("codebook"), tensor("table"),
+                                                    tensor("factor"), tensor("offset"), tensor("row_scale"), tensor("bias"),
+                                                    tensor("outlier_index"), tensor("outlier_delta")));
+    const kmq::cpu::LinearWeight& made = weights_.back()->weight;
+    TORCH_CHECK(made.packed.rows == rows, "encoder: expected a weight of ", rows, " rows, got ", made.packed.rows);
+    return made;
+  }
+
+  kmq::cpu::EmbeddingTable table(const pybind11::dict& parts) {
+    const auto tensor = [&](const char* name) { return parts[name].cast<std::optional<Tensor>>(); };
+    if (const auto dense = tensor("dense")) {
+      kmq::cpu::EmbeddingTable made{};
+      made.rows = dense->size(0), made.cols = dense->size(1);
+      made.dense = floats(*dense, dense->numel());
+      return made;
+    }
+    weights_.push_back(std::make_unique<HeldWeight>(*tensor("packed"), parts["cols"].cast<int64_t>(), parts["group_rows"].cast<int64_t>(),
+                                                    tensor("codebook"), std::nullopt, std::nullopt, std::nullopt, tensor("row_scale"),
+                                                    std::nullopt, tensor("outlier_index"), tensor("outlier_values")));
+    const kmq::cpu::LinearWeight& made = weights_.back()->weight;
+    return {nullptr, made.packed, made.group_rows, made.codebook, made.row_scale, made.outlier_index, made.outlier_delta, made.outliers,
+            made.packed.rows, made.packed.cols};
+  }
+
+  kmq::cpu::EncoderLayer layer(const pybind11::dict& parts) {
+    const int64_t hidden = encoder_.hidden;
+    kmq::cpu::EncoderLayer made{};
+    const auto qkv = parts["qkv"].cast<std::vector<pybind11::dict>>();
+    TORCH_CHECK(qkv.size() == 1 || qkv.size() == 3, "qkv: does not fit");
+    for (const auto& one : qkv) made.qkv.push_back(weight(one, hidden, qkv.size() == 1 ? 3 * hidden : hidden));
+    const int64_t middle = parts["middle"].cast<int64_t>();
+    made.out = weight(parts["out"], hidden, hidden);
+    made.up = weight(parts["up"], hidden, middle * (encoder_.gated ? 2 : 1));
+    made.down = weight(parts["down"], middle, hidden);
+    made.attention_norm = norm(parts["attention_norm"], hidden);
+    made.output_norm = norm(parts["output_norm"], hidden);
+    if (const auto rotary = parts["rotary"].cast<std::optional<Tensor>>()) {
+      made.rotary_length = rotary->size(0);
+      made.rotary = floats(*rotary, made.rotary_length * (hidden / encoder_.heads));
+    }
+    made.window = parts["window"].cast<int64_t>();
+    return made;
+  }
+
+  kmq::cpu::Encoder encoder_{};
+  std::vector<Tensor> kept_;
+  std::vector<std::unique_ptr<HeldWeight>> weights_;
+};
+
 #ifdef KMQ_CUDA
 
 Tensor codebook_grad_cuda(const Tensor& grad_in, const Tensor& packed_in, int64_t num_codebooks, int64_t num_centroids,
@@ -303,6 +523,8 @@ TORCH_LIBRARY_IMPL(kmq, CPU, m) {
   m.impl("dequantize", &dequantize);
   m.impl("codebook_linear", &codebook_linear);
   m.impl("codebook_linear_input_grad", &codebook_linear_input_grad);
+  m.impl("int8_codebook", &int8_codebook);
+  m.impl("int8_linear", &int8_linear);
   m.impl("codebook_embedding", &codebook_embedding);
   m.impl("assign", &assign);
   m.impl("update", &update);
@@ -318,5 +540,8 @@ TORCH_LIBRARY_IMPL(kmq, CUDA, m) { m.impl("codebook_grad", &codebook_grad_cuda);
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of kmq_kernels; importing it registers them with torch's dispatcher.";
+  pybind11::class_<HeldEncoder>(m, "Encoder", "A whole encoder with its weights, run in one call; see layers/encoder.py.")
+      .def(pybind11::init<pybind11::dict>())
+      .def("run", &HeldEncoder::run);
   m.def("build_facts", &build_facts, "The instruction set in use, the compiler, torch and CUDA versions of the build.");
 }

@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace kmq {
 
@@ -49,6 +50,101 @@ void codebook_embedding(const int64_t* ids, int64_t count, const Packed& packed,
 // output [M, rows] = input [M, cols] @ weight.T + bias; input and output of dtype (not fp64), computed in fp32; bias [rows] or null.
 void codebook_linear(const void* input, Dtype dtype, int64_t M, const Packed& packed, const float* codebook, int64_t group_rows,
                      const float* bias, void* output, const Parallel& parallel);
+
+enum class Activation { none, gelu, gelu_tanh, relu, silu };
+
+// A packed weight [rows, cols] with all that a layer adds to it. table, factor and offset are for integer arithmetic, see
+// int8_codebook; without a table the weight is computed with in fp32.
+struct LinearWeight {
+  Packed packed;
+  int64_t group_rows;
+  const float* codebook;    // [G, K], fp32 arithmetic only
+  const int8_t* table;      // [G, K] or null
+  const float* factor;      // [rows]: the scale of the table, times row_scale
+  const int32_t* offset;    // [rows]
+  const float* row_scale;   // [rows] or null; fp32 arithmetic only
+  const float* bias;        // [rows] or null
+  const int32_t* outlier_index;  // [outliers], ascending flat positions
+  const float* outlier_delta;    // [outliers]: what is missing there from the decoded weight
+  int64_t outliers;
+};
+
+// The largest magnitude of a table of that many bits.
+int int8_limit(int bits);
+constexpr int64_t kInt8Cols = 131072;  // more columns could overflow a sum
+
+// A codebook [G, K] in integers: codebook ~ scale [G] * table [G, K], the scale being the one with the least squared error over the
+// weights themselves; and offset [rows] = 128 * sum of each row's entries of the table. A codebook that is not finite has the scale NaN.
+void int8_codebook(const Packed& packed, const float* codebook, int64_t group_rows, int8_t* table, float* scale, int32_t* offset,
+                   const Parallel& parallel);
+
+// As codebook_linear, with the input rounded row by row to integers of [-127, 127] and exact integer sums.
+void int8_linear(const void* input, Dtype dtype, int64_t M, const LinearWeight& weight, Activation activation, void* output,
+                 const Parallel& parallel);
+
+// A normalization of rows: (x - mean) / sqrt(variance + eps) * weight + bias; bias null for none, weight null for no normalization.
+struct Norm {
+  const float* weight;
+  const float* bias;
+  float eps;
+};
+
+// Rows of an embedding: `dense` [rows, cols], or packed with a codebook.
+struct EmbeddingTable {
+  const float* dense;
+  Packed packed;
+  int64_t group_rows;
+  const float* codebook;
+  const float* row_scale;        // [rows] or null
+  const int32_t* outlier_index;  // [outliers], ascending flat positions
+  const float* outlier_values;   // [outliers]: what stands there
+  int64_t outliers, rows, cols;
+};
+
+// Which row of an embedding a token takes.
+enum class TokenIds {
+  given,    // the ids given for it, or row 0 where none are
+  columns,  // the ids given, or else the place in the text
+  counted,  // the ids given, or else padding + the number of tokens so far whose first id is not `padding` (of such a token: padding)
+};
+
+struct EncoderLayer {
+  std::vector<LinearWeight> qkv;  // three, or one that holds the rows of all
+  LinearWeight out, up, down;
+  Norm attention_norm, output_norm;
+  const float* rotary;  // [rotary_length, head_dim]: cosines, then sines, of half the head each; or null
+  int64_t rotary_length;
+  int64_t window;  // a token sees others at most so far away; 0 for all
+};
+
+// An encoder of the BERT family. Texts go through embeddings, their sum normalized, an optional projection, and layers of attention
+// and two linear layers, with a normalization behind each half's sum with its input or before each half.
+struct Encoder {
+  int64_t hidden, heads;
+  Activation activation;
+  bool norm_first;
+  bool gated;  // `up` has rows for a factor of the activated half
+  std::vector<EmbeddingTable> embeddings;
+  std::vector<TokenIds> ids;  // of each embedding
+  int64_t padding;
+  Norm embedding_norm;
+  LinearWeight projection;  // packed.rows is 0 where there is none
+  std::vector<EncoderLayer> layers;
+  std::vector<int64_t> order;  // of the layers, which may run more than once
+  Norm final_norm;
+  const float* relative_bias;  // [heads, 2 * reach + 1], added to scores by key's place - query's place; or null
+  int64_t reach;
+};
+
+struct EncoderInput {
+  int64_t batch, length;
+  std::vector<const int64_t*> ids;  // for each embedding [batch, length], or null
+  const uint8_t* mask;              // [batch, length], 0 for a place without a token; or null
+};
+
+// out [batch, length, hidden] of the last layer, zeros where there is no token. Only tokens are computed. Throws std::out_of_range for
+// ids beyond an embedding, or a text beyond `reach` or a rotary table. `threads` is how many run what `parallel` is given.
+void encode(const Encoder& encoder, const EncoderInput& input, float* out, int threads, const Parallel& parallel);
 
 // grad_input [M, cols] = grad_output [M, rows] @ weight; both of dtype (not fp64), computed in fp32.
 void codebook_linear_input_grad(const void* grad_output, Dtype dtype, int64_t M, const Packed& packed, const float* codebook,

@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 from .clustering import KMeansResult, kmeans, linear_codebook
 from .hf import load
-from .layers import CodebookEmbedding, CodebookLinear, DecodeAhead
+from .layers import CodebookEmbedding, CodebookLinear, DecodeAhead, optimize_
 from .ops import build_info, codebook_embedding, codebook_grad, codebook_linear, pack, unpack
 from .quantization import KMQConfig, dequantize_, quantize_
 
@@ -23,6 +23,7 @@ __all__ = [
     "kmeans",
     "linear_codebook",
     "load",
+    "optimize_",
     "pack",
     "quantize_",
     "unpack",

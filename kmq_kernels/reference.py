@@ -12,8 +12,8 @@ from .packing import pack, unpack
 
 __all__ = [
     "assign", "codebook_embedding", "codebook_embedding_grad", "codebook_grad", "codebook_linear", "codebook_linear_grad",
-    "codebook_linear_input_grad", "dequantize", "pack", "sparse_embedding", "sparse_embedding_grad", "sparse_linear",
-    "sparse_linear_grad", "sparse_linear_input_grad", "unpack", "update",
+    "codebook_linear_input_grad", "dequantize", "int8_codebook", "int8_linear", "pack", "sparse_embedding",
+    "sparse_embedding_grad", "sparse_linear", "sparse_linear_grad", "sparse_linear_input_grad", "unpack", "update",
 ]  # fmt: skip
 
 
@@ -55,6 +55,86 @@ def codebook_linear(input: Tensor, packed: Tensor, codebook: Tensor, bias: Tenso
     compute = wide(input.dtype)
     weight = dequantize(packed, codebook, input.shape[-1], group_rows).to(compute)
     return F.linear(input.to(compute), weight, None if bias is None else bias.to(compute)).to(input.dtype)
+
+
+INT8_COLS = 131072  # more columns could overflow an integer sum
+
+
+def int8_limit(bits: int) -> int:
+    """The largest magnitude of an entry of an int8 table: up to 5 bits, products of it add up by twos in 16 bits."""
+    return 63 if bits <= 5 else 127
+
+
+def int8_codebook(packed: Tensor, codebook: Tensor, cols: int, group_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """table (G, K) int8 and scale (G,) fp32 with codebook ~ scale * table, and offset (rows,) int32: 128 * row sums of table.
+
+    Of some scales tried, the one with the least squared error over the weights, which are counted.
+    """
+    bits = codebook.shape[1].bit_length() - 1
+    index = unpack(packed, bits, cols).long()
+    book = _row_codebook(packed.shape[0], group_rows, packed.device)
+    counts = torch.zeros(packed.shape[0], codebook.shape[1], dtype=torch.float64, device=packed.device)
+    counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64))
+    members = torch.zeros(codebook.shape, dtype=torch.float64, device=packed.device).index_add_(0, book, counts)  # [G, K]
+    limit, c = int8_limit(bits), codebook.double()
+    finite = c.isfinite().all(1, keepdim=True)
+    c = torch.where(finite, c, 0.0)
+    most = torch.where(members > 0, c.abs(), 0.0).amax(1, keepdim=True)  # [G, 1]
+    table, best = torch.zeros_like(c), torch.full_like(most, -1.0)
+    scale = torch.where(most > 0, most / limit, 0.0)
+    candidates = min(max(1024 // codebook.shape[1], 8), 64)
+    for i in range(candidates):
+        t = (c * (limit * (1 - 0.5 * i / candidates)) / most.clamp_min(1e-300)).round().clamp(-limit, limit)
+        product, square = ((members * x * t).sum(1, keepdim=True) for x in (c, t))
+        explained = torch.where(square > 0, product.square() / square.clamp_min(1e-300), 0.0)
+        better = explained > best
+        best = torch.where(better, explained, best)
+        table = torch.where(better, t, table)
+        scale = torch.where(better & (square > 0), product / square.clamp_min(1e-300), scale)
+    scale = torch.where(finite, scale, torch.nan)
+    offset = 128 * (counts * table[book]).sum(1)
+    return table.to(torch.int8), scale[:, 0].float(), offset.to(torch.int32)
+
+
+def int8_linear(
+    input: Tensor,
+    packed: Tensor,
+    table: Tensor,
+    factor: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    group_rows: int,
+    outlier_index: Tensor | None,
+    outlier_delta: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """activation(factor * (q @ t.T) * scale + outliers + bias), q being input rounded row by row to integers of [-127, 127].
+
+    t is the table (G, K) int8 at the indices, scale the row's largest magnitude / 127. Integer sums are exact (here in fp64,
+    whose integers reach further). A row that is not finite gives NaN. `offset` is for implementations that keep q unsigned.
+    """
+    x = input.float()
+    most = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    zero = most < 1e-36
+    q = torch.where(zero | ~most.isfinite(), 0.0, (x * (127 / most.clamp_min(1e-36))).round())
+    scale = torch.where(most.isfinite(), torch.where(zero, 0.0, most / 127), torch.nan)
+    weight = dequantize(packed, table, input.shape[-1], group_rows).double()
+    out = (q.double() @ weight.T).float() * scale * factor.float()
+    if outlier_index is not None and outlier_delta is not None:
+        out = out + sparse_linear(x, outlier_index, outlier_delta.float(), packed.shape[0])
+    if bias is not None:
+        out = out + bias.float()
+    return activate(out, activation).to(input.dtype)
+
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu")
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """One of ACTIVATIONS of x."""
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    return x if activation == "none" else getattr(F, activation)(x)
 
 
 def codebook_linear_input_grad(grad_output: Tensor, packed: Tensor, codebook: Tensor, cols: int, group_rows: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import checkpoint, show, training
+from . import bench, checkpoint, show, training
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -28,6 +28,7 @@ def _(
 
 for command in (
     training.run, show.report, checkpoint.quantize, checkpoint.verify, training.finetune, training.evaluate, show.inspect,
+    bench.bench,
 ):  # fmt: skip
     app.command()(command)
 

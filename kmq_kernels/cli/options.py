@@ -43,6 +43,13 @@ class Weighting(str, enum.Enum):
     fisher = "fisher"
 
 
+class Compute(str, enum.Enum):
+    """Arithmetic of packed linear layers."""
+
+    float = "float"
+    int8 = "int8"
+
+
 class GradReduction(str, enum.Enum):
     """Gradient of a centroid."""
 

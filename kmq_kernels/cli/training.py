@@ -14,6 +14,7 @@ from rich.table import Table
 from .options import (
     Allocation,
     Batch,
+    Compute,
     DataDir,
     GradReduction,
     Granularity,
@@ -263,6 +264,7 @@ def evaluate(
     validation_file: ValidationFile = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = "label",
+    compute: Annotated[Compute | None, typer.Option(help="Run the packed encoder in one call of compiled code, so.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """The task's metrics of a model folder."""
@@ -271,11 +273,14 @@ def evaluate(
     from transformers import AutoTokenizer
 
     from .. import hf, training
+    from ..layers import optimize_
 
     data = _task(task, data_dir, train_file, validation_file, text_column, label_column)
     network = hf.load(model)
     if network.config.num_labels != data.num_labels:
         raise training.PipelineError(f"{model}: it has {network.config.num_labels} labels, the task has {data.num_labels}")
+    if compute is not None:
+        optimize_(network, compute.value)
     settings = training.TrainingSettings(max_length=max_length)
     with tempfile.TemporaryDirectory() as scratch:
         metrics = training.evaluate(network, AutoTokenizer.from_pretrained(model), data, settings, Path(scratch))

@@ -4,5 +4,6 @@ from .codebook import STORED, CodebookModule
 from .decode_ahead import DecodeAhead
 from .embedding import CodebookEmbedding
 from .linear import CodebookLinear
+from .optimize import optimize_
 
-__all__ = ["STORED", "CodebookEmbedding", "CodebookLinear", "CodebookModule", "DecodeAhead"]
+__all__ = ["STORED", "CodebookEmbedding", "CodebookLinear", "CodebookModule", "DecodeAhead", "optimize_"]

@@ -10,11 +10,14 @@ from .assign import assign, update
 from .clustering import kmeans
 from .codes import dequantize, pack, unpack
 from .embedding import codebook_embedding
+from .encoder import compile_encoder, has_compiled_encoder
 from .gradients import codebook_grad
+from .int8 import INT8_COLS, int8_codebook, int8_linear
 from .linear import codebook_linear, codebook_linear_of_layer
 from .sparse import sparse_embedding, sparse_linear
 
 __all__ = [
+    "INT8_COLS",
     "OPS",
     "assign",
     "build_info",
@@ -22,8 +25,12 @@ __all__ = [
     "codebook_grad",
     "codebook_linear",
     "codebook_linear_of_layer",
+    "compile_encoder",
     "dequantize",
+    "has_compiled_encoder",
     "has_kernel",
+    "int8_codebook",
+    "int8_linear",
     "kmeans",
     "pack",
     "sparse_embedding",

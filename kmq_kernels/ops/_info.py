@@ -9,6 +9,7 @@ from ._define import TRITON_LAUNCHERS, compiled_extension, has_kernel, has_trito
 OPS = (
     "assign", "update", "kmeans", "pack", "unpack", "dequantize",
     "codebook_linear", "codebook_linear_input_grad", "codebook_linear_grad",
+    "int8_codebook", "int8_linear",
     "codebook_embedding", "codebook_embedding_grad", "codebook_grad",
     "sparse_linear", "sparse_linear_input_grad", "sparse_linear_grad", "sparse_embedding", "sparse_embedding_grad",
 )  # fmt: skip

@@ -1,0 +1,125 @@
+// A codebook in integers, with the scale that costs the weights the least.
+#include <cmath>
+#include <vector>
+
+#include "../codes/decode.h"
+#include "int8.h"
+
+namespace kmq::cpu {
+namespace {
+
+#ifdef KMQ_X86
+template <int bits>
+KMQ_AVX2 void indices_of(const uint8_t* block, uint8_t* index) {
+  indices_avx2<bits>(block, index);
+}
+#endif
+
+// counts [K] of the indices of one row.
+void count_row(const Packed& packed, int64_t row, uint32_t* counts) {
+  alignas(32) uint8_t index[kBlock];
+  const uint8_t* block = packed.data + row * packed.row_bytes();
+  for (int64_t col = 0; col < packed.cols; col += kBlock, block += kLanes * packed.bits) {
+#ifdef KMQ_X86
+    if (avx2()) with_small(packed.bits, [&](auto bits) { indices_of<bits()>(block, index); });
+    else
+#endif
+      decode_block(block, packed.bits, index);
+    const int64_t count = std::min(packed.cols - col, kBlock);
+    for (int64_t c = 0; c < count; ++c) ++counts[index[c]];
+  }
+}
+
+// One codebook, padded to a multiple of kLanes entries that nothing uses.
+struct Entries {
+  alignas(64) double value[256], members[256], rounded[256];
+  int64_t count;
+};
+
+// Rounds the entries at a scale of 1 / inverse; returns sum n c t and sum n t^2 of the integers t.
+KMQ_PLAIN void round_plain(Entries& e, double inverse, double limit, double& product, double& square) {
+  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+  double products[kLanes] = {}, squares[kLanes] = {};
+  for (int64_t k = 0; k < e.count; k += kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const double up = e.value[k + l] * inverse, low = up > limit ? limit : up, in = low < -limit ? -limit : low;
+      const double t = (in + kRound) - kRound, weighted = e.members[k + l] * t;
+      e.rounded[k + l] = t;
+      products[l] += weighted * e.value[k + l];
+      squares[l] += weighted * t;
+    }
+  product = square = 0;
+  for (int64_t l = 0; l < kLanes; ++l) product += products[l], square += squares[l];
+}
+
+#ifdef KMQ_X86
+KMQ_AVX2 void round_avx2(Entries& e, double inverse, double limit, double& product, double& square) {
+  round_plain(e, inverse, limit, product, square);
+}
+#endif
+
+void round_entries(Entries& e, double inverse, double limit, double& product, double& square) {
+#ifdef KMQ_X86
+  if (avx2()) return round_avx2(e, inverse, limit, product, square);
+#endif
+  round_plain(e, inverse, limit, product, square);
+}
+
+// table and scale of one codebook. For each candidate scale the entries are rounded, and the scale is fitted again to the rounded
+// entries: of integers t, sum n c t / sum n t^2 has the least squared error.
+float fit(Entries& e, int64_t K, int limit, int8_t* table) {
+  std::memset(table, 0, size_t(K));
+  double most = 0;
+  for (int64_t k = 0; k < K; ++k) {
+    if (!std::isfinite(e.value[k])) return std::nanf("");
+    if (e.members[k] > 0) most = std::max(most, std::fabs(e.value[k]));
+  }
+  if (most == 0) return 0;
+  const int candidates = int(std::clamp<int64_t>(1024 / K, 8, 64));
+  double best = -1, best_scale = most / limit;
+  for (int i = 0; i < candidates; ++i) {
+    // From the whole range down to half of it: at a coarser scale the entries would lose more than chance can win.
+    const double inverse = limit * (1 - 0.5 * i / candidates) / most;
+    double product, square;
+    round_entries(e, inverse, limit, product, square);
+    // The error is sum n c^2 less this.
+    const double explained = square > 0 ? product * product / square : 0;
+    if (explained <= best) continue;
+    best = explained;
+    best_scale = square > 0 ? product / square : 1 / inverse;
+    for (int64_t k = 0; k < K; ++k) table[k] = int8_t(e.rounded[k]);
+  }
+  return float(best_scale);
+}
+
+}  // namespace
+
+void int8_codebook(const Packed& packed, const float* codebook, int64_t group_rows, int8_t* table, float* scale, int32_t* offset,
+                   const Parallel& parallel) {
+  const int64_t rows = packed.rows, K = int64_t(1) << packed.bits, groups = ceil_div(rows, group_rows);
+  std::vector<uint32_t> counts(rows * K);
+  const int64_t grain = std::max<int64_t>(1, (1 << 16) / (packed.cols + 1));
+  parallel(rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) count_row(packed, r, counts.data() + r * K);
+  });
+  parallel(groups, std::max<int64_t>(1, 64 / K), [&](int64_t begin, int64_t end) {
+    Entries entries;
+    entries.count = round_up(K, kLanes);
+    for (int64_t g = begin; g < end; ++g) {
+      for (int64_t k = 0; k < entries.count; ++k) {
+        entries.value[k] = k < K ? codebook[g * K + k] : 0;
+        entries.members[k] = 0;
+      }
+      for (int64_t r = g * group_rows; r < std::min(rows, (g + 1) * group_rows); ++r)
+        for (int64_t k = 0; k < K; ++k) entries.members[k] += counts[r * K + k];
+      scale[g] = fit(entries, K, int8_limit(packed.bits), table + g * K);
+      for (int64_t r = g * group_rows; r < std::min(rows, (g + 1) * group_rows); ++r) {
+        int64_t sum = 0;
+        for (int64_t k = 0; k < K; ++k) sum += int64_t(counts[r * K + k]) * table[g * K + k];
+        offset[r] = int32_t(128 * sum);
+      }
+    }
+  });
+}
+
+}  // namespace kmq::cpu

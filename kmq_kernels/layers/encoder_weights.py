@@ -1,0 +1,130 @@
+"""What the compiled encoder and the integer linear layer make of the stored parameters, and when it has to be made again."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops, packing
+from .codebook import CodebookModule
+from .embedding import CodebookEmbedding
+from .linear import CodebookLinear
+
+
+class Watched:
+    """Modules and their parameters as they were; `same()` says whether nothing about them has changed since.
+
+    In-place writes are seen by the version that autograd counts, so those through `.data` are not, as autograd does not see them.
+    Parameters made under torch.inference_mode have no version: they never count as the same.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = [(module.__dict__, tuple(module._modules.values())) for module in modules]
+        self._parameters = [
+            (module["_parameters"], name, parameter, _version(parameter), parameter.data_ptr())
+            for module, _ in self._modules
+            for name, parameter in module["_parameters"].items()
+            if parameter is not None
+        ]
+
+    def same(self) -> bool:
+        for module, children in self._modules:
+            if tuple(module["_modules"].values()) != children:
+                return False
+        for parameters, name, parameter, version, pointer in self._parameters:
+            now = parameters.get(name)
+            if now is not parameter or _version(now) != version or now.data_ptr() != pointer:
+                return False
+        return True
+
+    def plain(self) -> bool:
+        """Whether the modules are in evaluation mode and have neither hooks nor a forward method of their own."""
+        return not any(
+            module["training"] or module["_forward_hooks"] or module["_forward_pre_hooks"] or "forward" in module
+            for module, _ in self._modules
+        )
+
+
+def _version(parameter: Tensor) -> Any:
+    return object() if parameter.is_inference() else parameter._version
+
+
+class IntegerForm(NamedTuple):
+    """Arguments of ops.int8_linear, by their names there."""
+
+    table: Tensor
+    factor: Tensor
+    offset: Tensor
+    outlier_index: Tensor | None
+    outlier_delta: Tensor | None
+
+
+@torch.no_grad()
+def integer_form(layer: CodebookLinear) -> IntegerForm:
+    """The weight of a layer in integers; its outliers as what is missing from the integers."""
+    table, scale, offset = ops.int8_codebook(layer.packed, layer.codebook, layer.cols, group_rows=layer.group_rows)
+    factor = scale.repeat_interleave(layer.group_rows)[: layer.rows]
+    if layer.row_scale is not None:
+        factor = factor * layer.row_scale.float()
+    delta = None
+    if layer.outlier_index is not None and layer.outlier_values is not None:
+        row, col = layer.outlier_index.long().div(layer.cols, rounding_mode="floor"), layer.outlier_index.long() % layer.cols
+        book = row.div(layer.group_rows, rounding_mode="floor")
+        integers = table[book, packing.take(layer.packed, layer.bits, row, col)]
+        delta = layer.outlier_values.float() - integers * factor[row]
+    return IntegerForm(table, factor, offset, layer.outlier_index, delta)
+
+
+_forms: weakref.WeakKeyDictionary[CodebookLinear, tuple[Watched, IntegerForm]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def integer_form_of(layer: CodebookLinear) -> IntegerForm:
+    """As `integer_form`, kept until a parameter of the layer changes."""
+    kept = _forms.get(layer)
+    if kept is None or not kept[0].same():
+        with _lock:
+            watched = Watched([layer])  # before it is read: a change meanwhile is seen next time
+            kept = _forms[layer] = (watched, integer_form(layer))
+    return kept[1]
+
+
+def describe_linear(layer: CodebookLinear, compute: str) -> dict[str, Any]:
+    """A linear layer as the compiled encoder takes it."""
+    facts: dict[str, Any] = dict.fromkeys(
+        ("codebook", "table", "factor", "offset", "row_scale", "bias", "outlier_index", "outlier_delta")
+    )
+    facts |= {"packed": layer.packed.detach(), "group_rows": layer.group_rows}
+    if layer.bias is not None:
+        facts["bias"] = layer.bias.detach()
+    if compute == "int8" and layer.cols <= ops.INT8_COLS:
+        return facts | integer_form_of(layer)._asdict()
+    facts["codebook"] = layer.codebook.detach()
+    if layer.row_scale is not None:
+        facts["row_scale"] = layer.row_scale.detach()
+    with torch.no_grad():
+        added = layer._added(layer.codebook.float())
+    if added is not None:
+        facts["outlier_index"], facts["outlier_delta"] = added
+    return facts
+
+
+def describe_embedding(module: nn.Module, ids: str) -> dict[str, Any] | None:
+    """An embedding as the compiled encoder takes it, None for one that it does not know. ids: given, columns or counted."""
+    facts: dict[str, Any] = {"ids": ids, "dense": None}
+    if type(module) is nn.Embedding:
+        return None if module.max_norm is not None else facts | {"dense": module.weight.detach()}
+    if type(module) is not CodebookEmbedding:
+        return None
+    names = ("packed", "codebook", "row_scale", "outlier_index", "outlier_values")
+    stored = {name: None if (tensor := getattr(module, name)) is None else tensor.detach() for name in names}
+    return facts | stored | {"cols": module.cols, "group_rows": module.group_rows}
+
+
+def packed_layers(model: nn.Module) -> list[CodebookModule]:
+    return [module for module in model.modules() if isinstance(module, CodebookModule)]

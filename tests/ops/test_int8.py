@@ -1,0 +1,237 @@
+"""The integer linear layer against brute force: integers by a product of integers in NumPy, bit for bit, on every path."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_dequantize import problem
+
+import kmq_kernels as kmq
+from kmq_kernels import ops, reference
+
+SHAPES = [(1, 1, 1), (5, 3, 2), (47, 127, 47), (49, 128, 1), (100, 300, 8), (33, 515, 33)]
+PATH = (kmq.build_info()["extension"] or {"cpu_path": "none"})["cpu_path"]
+
+
+def rounded(input):
+    """Integers (M, IN) and scales (M,) of an input, in NumPy."""
+    x = input.float().numpy()
+    most = np.abs(x).max(-1, initial=0, keepdims=True).astype(np.float32)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        q = np.where(most < 1e-36, 0, np.rint(x * (np.float32(127) / most)))
+    return q.astype(np.int64), np.where(most < 1e-36, 0, most / np.float32(127)).astype(np.float32)
+
+
+def integers(assignments, table, group_rows):
+    """Entries (OUT, IN) of the table at the indices."""
+    book = np.arange(assignments.shape[0]) // group_rows
+    return table.numpy().astype(np.int64)[book[:, None], assignments.numpy()]
+
+
+def expected_output(input, weight, factor, bias, added=0.0):
+    """The formula in fp32, operation by operation; the sum in integers."""
+    q, scale = rounded(input)
+    out = (q @ weight.T).astype(np.float32) * scale * factor.numpy() + np.float32(added)
+    return torch.from_numpy(out + bias.numpy() if bias is not None else out)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("OUT", "IN", "group_rows"), SHAPES)
+def test_integer_products_bit_for_bit(bits, OUT, IN, group_rows):
+    assignments, packed, codebook = problem(OUT, IN, bits, group_rows, torch.float32)
+    table, scale, offset = ops.int8_codebook(packed, codebook, IN, group_rows=group_rows)
+    factor, bias = scale.repeat_interleave(group_rows)[:OUT], torch.randn(OUT)
+    weight = integers(assignments, table, group_rows)
+    assert np.array_equal(offset.numpy(), 128 * weight.sum(1))
+    for M in (1, 2, 3, 4, 5, 7, 8, 13, 66):
+        input = torch.randn(M, IN) * torch.logspace(-3, 3, M)[:, None]
+        out = ops.int8_linear(input, packed, table, factor, offset, bias if M % 2 else None, group_rows=group_rows)
+        assert torch.equal(out, expected_output(input, weight, factor, bias if M % 2 else None))
+
+
+@pytest.mark.parametrize("bits", [1, 4, 5, 6, 8])
+def test_extreme_integers_do_not_saturate(bits):
+    """All products of the largest magnitude, of either sign: two of them fill 16 bits."""
+    limit = reference.int8_limit(bits)
+    table = torch.full((1, 2**bits), limit, dtype=torch.int8)
+    table[0, 0] = -limit
+    for sign in (0, 1):
+        packed = kmq.pack(torch.full((20, 640), sign, dtype=torch.uint8), bits)
+        offset = torch.full((20,), 128 * 640 * limit * (2 * sign - 1), dtype=torch.int32)
+        for value in (1.0, -1.0):
+            out = ops.int8_linear(torch.full((5, 640), value), packed, table, torch.full((20,), 127.0), offset)
+            assert torch.equal(out, torch.full((5, 20), value * (2 * sign - 1) * 127 * 640 * limit))
+
+
+def test_paths_give_the_same_bits(run_python):
+    code = """
+import json, torch
+from kmq_kernels import ops
+import kmq_kernels as kmq
+torch.manual_seed(0)
+digest = []
+for bits in range(1, 9):
+    packed, codebook = kmq.pack(torch.randint(0, 2**bits, (45, 300), dtype=torch.uint8), bits), torch.randn(9, 2**bits)
+    table, scale, offset = ops.int8_codebook(packed, codebook, 300, group_rows=5)
+    index, delta = torch.arange(7, 13000, 311, dtype=torch.int32), torch.randn(42)
+    for activation in ("none", "gelu", "gelu_tanh", "relu", "silu"):
+        input, factor, bias = torch.randn(6, 300), scale.repeat_interleave(5), torch.randn(45)
+        out = ops.int8_linear(input, packed, table, factor, offset, bias, group_rows=5,
+                              outlier_index=index, outlier_delta=delta, activation=activation)
+        digest += [int(out.view(torch.int32).long().sum()), int(table.long().sum()), int(scale.view(torch.int32).long().sum())]
+print(json.dumps(digest))
+"""
+    assert run_python(code, KMQ_CPU_PATH="scalar") == run_python(code, KMQ_CPU_PATH=PATH)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("M", [1, 6, 40])
+def test_narrow_input_is_widened_and_rounded_once(dtype, M):
+    _, packed, codebook = problem(100, 300, 3, 100, torch.float32)
+    table, scale, offset = ops.int8_codebook(packed, codebook, 300)
+    factor, bias, input = scale.repeat_interleave(100), torch.randn(100), torch.randn(M, 300).to(dtype)
+    out = ops.int8_linear(input, packed, table, factor, offset, bias)
+    assert torch.equal(out, ops.int8_linear(input.float(), packed, table, factor, offset, bias).to(dtype))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+def test_activations_against_float64(activation):
+    packed = kmq.pack(torch.zeros(1, 1, dtype=torch.uint8), 1)
+    table, offset = torch.tensor([[1, 1]], dtype=torch.int8), torch.tensor([128], dtype=torch.int32)
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-100.0, -40.0, 0.0, 1e-20, 40.0, 1e4])])
+    got = ops.int8_linear(x[:, None], packed, table, torch.ones(1), offset, activation=activation)[:, 0]
+    function = (lambda v: F.gelu(v, approximate="tanh")) if activation == "gelu_tanh" else getattr(F, activation)
+    assert float((got.double() - function(x.double())).abs().div(x.double().abs().clamp_min(1)).max()) <= 1e-6
+
+
+def test_outliers_add_to_single_weights():
+    _, packed, codebook = problem(37, 90, 4, 37, torch.float32)
+    table, scale, offset = ops.int8_codebook(packed, codebook, 90)
+    index = torch.tensor([0, 5, 89, 90, 2000, 37 * 90 - 1], dtype=torch.int32)
+    delta, input = torch.randn(6) * 5, torch.randn(9, 90)
+    factor = scale.repeat_interleave(37)
+    out = ops.int8_linear(input, packed, table, factor, offset, outlier_index=index, outlier_delta=delta)
+    sparse = torch.zeros(37 * 90, dtype=torch.float64)
+    sparse[index.long()] = delta.double()
+    plain = ops.int8_linear(input, packed, table, factor, offset).double()
+    assert float((out - (plain + input.double() @ sparse.view(37, 90).T)).abs().max()) <= 1e-4
+
+
+def test_rows_that_are_not_finite_or_tiny():
+    _, packed, codebook = problem(20, 130, 4, 20, torch.float32)
+    table, scale, offset = ops.int8_codebook(packed, codebook, 130)
+    input, bias = torch.randn(6, 130), torch.randn(20)
+    input[1, 7], input[2, 129], input[3, 0] = float("inf"), float("-inf"), float("nan")
+    input[4], input[5] = 0.0, 1e-40
+    out = ops.int8_linear(input, packed, table, scale.repeat_interleave(20), offset, bias)
+    assert out[0].isfinite().all()
+    assert out[1:4].isnan().all()
+    assert torch.equal(out[4:], bias.expand(2, 20))
+
+
+def test_scale_of_a_codebook_is_the_best_of_those_tried():
+    """The error over the weights, cluster sizes and all, is below that of max / limit, and never above rounding in that scale."""
+    for bits in range(1, 9):
+        assignments, packed, codebook = problem(30, 257, bits, 10, torch.float32, seed=3)
+        assignments[:, :200] = 0  # one large cluster
+        packed = kmq.pack(assignments, bits)
+        table, scale, _ = ops.int8_codebook(packed, codebook, 257, group_rows=10)
+        limit = reference.int8_limit(bits)
+        assert int(table.abs().max()) <= limit
+        for g in range(3):
+            used = assignments[10 * g : 10 * g + 10].long().flatten()
+            c = codebook[g].double()
+            error = (c - scale[g].double() * table[g])[used].square().sum()
+            plain = c[used.unique()].abs().max() / limit
+            rounded_plainly = (c - plain * (c / plain).round().clamp(-limit, limit))[used].square().sum()
+            assert error <= rounded_plainly * (1 + 1e-6)
+            q = table[g].double()
+            best_factor = (c * q)[used].sum() / q[used].square().sum()
+            assert abs(float(best_factor / scale[g] - 1)) <= 1e-6
+
+
+def test_codebook_of_zeros_or_not_finite():
+    packed = kmq.pack(torch.zeros(4, 10, dtype=torch.uint8), 2)
+    codebook = torch.tensor([[0.0, 0, 0, 0], [1.0, float("inf"), 0, 0], [float("nan"), 1, 1, 1], [2.0, 5, 5, 5]])
+    table, scale, offset = ops.int8_codebook(packed, codebook, 10, group_rows=1)
+    assert scale[0] == 0
+    assert scale[1:3].isnan().all()
+    assert abs(float(scale[3] * table[3, 0]) - 2) <= 1e-6  # the only entry in use
+    out = ops.int8_linear(torch.ones(1, 10), packed, table, scale, offset, group_rows=1)
+    assert out[0, 0] == 0
+    assert out[0, 1:3].isnan().all()
+    assert abs(float(out[0, 3]) - 20) <= 1e-4
+
+
+@pytest.mark.parametrize("bits", [2, 5, 7])
+def test_reference_is_the_same_function(bits):
+    _, packed, codebook = problem(30, 140, bits, 7, torch.float32)
+    table, scale, offset = ops.int8_codebook(packed, codebook, 140, group_rows=7)
+    plain = reference.int8_codebook(packed, codebook, 140, 7)
+    assert torch.equal(table, plain[0])
+    assert torch.allclose(scale, plain[1], rtol=1e-6)
+    assert torch.equal(offset, plain[2])
+    index, delta = torch.tensor([3, 700], dtype=torch.int32), torch.randn(2)
+    input, factor, bias = torch.randn(2, 3, 140), scale.repeat_interleave(7)[:30], torch.randn(30)
+    for activation in reference.ACTIVATIONS:
+        got = torch.ops.kmq.int8_linear(input, packed, table, factor, offset, bias, 7, index, delta, activation)
+        want = reference.int8_linear(input, packed, table, factor, offset, bias, 7, index, delta, activation)
+        assert got.shape == want.shape == (2, 3, 30)
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 40), (2, 0, 40), (40,), (2, 3, 40)])
+def test_leading_shapes_and_threads(shape):
+    _, packed, codebook = problem(70, 40, 3, 70, torch.float32)
+    table, scale, offset = ops.int8_codebook(packed, codebook, 40)
+    input, factor = torch.randn(shape), scale.repeat_interleave(70)
+    out = ops.int8_linear(input, packed, table, factor, offset)
+    assert out.shape == (*shape[:-1], 70)
+    flat = torch.stack(
+        [ops.int8_linear(row, packed, table, factor, offset) for row in input.reshape(-1, 40)] or [torch.zeros(70)]
+    )
+    assert input.numel() == 0 or torch.equal(out.reshape(-1, 70), flat)
+
+
+def test_opcheck():
+    _, packed, codebook = problem(20, 40, 3, 5, torch.float32)
+    table, scale, offset = ops.int8_codebook(packed, codebook, 40, group_rows=5)
+    torch.library.opcheck(torch.ops.kmq.int8_codebook, (packed, codebook, 40, 5))
+    arguments = (torch.randn(3, 40), packed, table, scale.repeat_interleave(5), offset, torch.randn(20), 5, None, None, "gelu")
+    torch.library.opcheck(torch.ops.kmq.int8_linear, arguments)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"input": torch.ones(2, 40, dtype=torch.float64)}, "input: expected fp32, bf16 or fp16"),
+        ({"input": torch.tensor(1.0)}, r"input: expected shape \(..., IN\)"),
+        ({"input": torch.ones(2, 300)}, "packed: expected"),
+        ({"table": torch.zeros(1, 8)}, "table: expected int8"),
+        ({"table": torch.zeros(8, dtype=torch.int8)}, r"table: expected shape \(G, K\)"),
+        ({"factor": torch.ones(3)}, r"factor: expected shape \(20,\)"),
+        ({"offset": torch.ones(20)}, "offset: expected int32"),
+        ({"bias": torch.ones(3)}, r"bias: expected shape \(20,\)"),
+        ({"outlier_index": torch.zeros(1, dtype=torch.int32)}, "outlier_delta: expected both"),
+        ({"activation": "tanh"}, "activation: expected one of none, gelu"),
+        ({"group_rows": 7}, "group_rows"),
+        ({"table": torch.full((1, 8), 64, dtype=torch.int8)}, "table: expected entries of at most 63 for 3 bits, got 64"),
+        ({"outlier_index": torch.tensor([800], dtype=torch.int32), "outlier_delta": torch.ones(1)}, "outlier_index: expected"),
+    ],
+)
+def test_bad_arguments_get_a_sentence(changed, message):
+    given = {
+        "input": torch.ones(2, 40),
+        "packed": kmq.pack(torch.zeros(20, 40, dtype=torch.uint8), 3),
+        "table": torch.zeros(1, 8, dtype=torch.int8),
+        "factor": torch.ones(20),
+        "offset": torch.zeros(20, dtype=torch.int32),
+    }
+    with pytest.raises((TypeError, ValueError, IndexError), match=message):
+        ops.int8_linear(**{**given, **changed})
+
+
+def test_too_many_columns_get_a_sentence():
+    packed = torch.zeros(1, (131072 // 128 + 1) * 16, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="cols: integer sums take up to 131072 columns, got 131073"):
+        ops.int8_codebook(packed, torch.ones(1, 2), 131073)
