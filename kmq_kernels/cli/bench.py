@@ -139,8 +139,11 @@ def _models(folder: str, bits: int | None, granularity: Granularity) -> tuple[An
     if any(isinstance(module, CodebookModule) for module in found.modules()):
         if bits is not None:
             raise ValueError(f"--bits: {folder} is quantized already, so its bits are given")
-        return dequantize_(copy.deepcopy(found)), found
-    packed = quantize_(copy.deepcopy(found), KMQConfig(bits=bits or 4, granularity=granularity.value))
+        dense = copy.deepcopy(found)
+        dequantize_(dense)
+        return dense, found
+    packed = copy.deepcopy(found)
+    quantize_(packed, KMQConfig(bits=bits or 4, granularity=granularity.value))
     return found, packed
 
 
@@ -169,7 +172,6 @@ def bench(
     random.seed(0)
     folder = resolve_model(model)
     dense, packed = _models(folder, bits, granularity)
-    dense = optimize_(dense, None)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         optimize_(packed, compute.value)

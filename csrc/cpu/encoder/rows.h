@@ -1,6 +1,7 @@
 // What is done to single rows of an encoder's states: normalization, softmax, sums. Sums run in 16 lanes, in the same order on every
 // path; the compiler vectorizes them.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "activation.h"
@@ -28,12 +29,24 @@ KMQ_PLAIN void normalize_plain(const float* x, const float* add, int64_t count, 
   for (i = 0; i + kSumLanes <= count; i += kSumLanes)
     for (int64_t l = 0; l < kSumLanes; ++l) lanes[l] += to[i + l];
   for (int64_t l = 0; i + l < count; ++l) lanes[l] += to[i + l];
-  const float mean = sum_of_lanes(lanes) / float(count);
+  const float guess = sum_of_lanes(lanes) / float(count);
+  // What the guess is off by, which a row of nearly equal numbers would show: its deviations are of that size.
+  float off[kSumLanes] = {};
   for (int64_t l = 0; l < kSumLanes; ++l) lanes[l] = 0;
   for (i = 0; i + kSumLanes <= count; i += kSumLanes)
-    for (int64_t l = 0; l < kSumLanes; ++l) lanes[l] += (to[i + l] - mean) * (to[i + l] - mean);
-  for (int64_t l = 0; i + l < count; ++l) lanes[l] += (to[i + l] - mean) * (to[i + l] - mean);
-  const float factor = 1.0f / std::sqrt(sum_of_lanes(lanes) / float(count) + norm.eps);
+    for (int64_t l = 0; l < kSumLanes; ++l) {
+      const float d = to[i + l] - guess;
+      off[l] += d;
+      lanes[l] += d * d;
+    }
+  for (int64_t l = 0; i + l < count; ++l) {
+    const float d = to[i + l] - guess;
+    off[l] += d;
+    lanes[l] += d * d;
+  }
+  const float shift = sum_of_lanes(off) / float(count), mean = guess + shift;
+  const float variance = std::max(0.0f, sum_of_lanes(lanes) / float(count) - shift * shift);
+  const float factor = 1.0f / std::sqrt(variance + norm.eps);
   if (norm.bias) {
     for (i = 0; i < count; ++i) to[i] = (to[i] - mean) * factor * norm.weight[i] + norm.bias[i];
   } else {
