@@ -93,10 +93,10 @@ def _rows(tensor: StoredTensor, rows: dict[str, int]) -> dict[str, StoredTensor]
         needed = " + ".join(map(str, rows.values()))
         raise CheckpointError(f"{tensor.file}: {tensor.name} has shape {tensor.shape}, config.json asks for {needed} rows")
     found = {}
-    begin, width = tensor.begin, tensor.nbytes // max(tensor.shape[0], 1)
+    first = 0
     for name, count in rows.items():
-        found[name] = tensor._replace(shape=(count, *tensor.shape[1:]), begin=begin, nbytes=count * width)
-        begin += count * width
+        found[name] = tensor.rows(first, first + count)
+        first += count
     return found
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..files import MANIFEST, CheckpointError, files_below, read_header, read_json, read_manifest, stored_tensors, verify_files
+from ..files import (
+    MANIFEST,
+    CheckpointError,
+    files_below,
+    read_header,
+    read_json,
+    read_manifest,
+    stored_part,
+    stored_tensors,
+    verify_files,
+)
 from .side_files import side_files
 from .stream import STATE, tensor_digests
 
@@ -44,7 +54,8 @@ def _check_source(out: Path, manifest: dict[str, Any], source: Path, root: Path)
     """The number of tensors compared; raises CheckpointError where the source is another one than the manifest knows."""
     noted = manifest_source(out, manifest)
     stored = stored_tensors(source)
-    found = tensor_digests(stored[name] for name in noted["tensors"] if name in stored)
+    parts = (stored_part(stored, name) for name in noted["tensors"])
+    found = tensor_digests(part for part in parts if part is not None)
     files = side_files(source, root)
     differ = [name for name, digest in noted["tensors"].items() if found.get(name) != digest]
     differ += sorted(name for name in {**files, **noted["files"]} if files.get(name) != noted["files"].get(name))

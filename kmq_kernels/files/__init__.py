@@ -16,6 +16,7 @@ from .tensors import (
     StoredTensor,
     header_bytes,
     read_header,
+    stored_part,
     stored_tensors,
     weight_files,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "read_header",
     "read_json",
     "read_manifest",
+    "stored_part",
     "stored_tensors",
     "sync",
     "verify_files",

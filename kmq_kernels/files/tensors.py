@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +66,25 @@ class StoredTensor(NamedTuple):
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch names it."""
         return DTYPES[self.dtype]
+
+    def rows(self, first: int, end: int) -> StoredTensor:
+        """Rows `first` to `end` (not included) of it, which lie together in the file, as a tensor called NAME[first:end]."""
+        width = self.nbytes // max(self.shape[0], 1)
+        shape = (end - first, *self.shape[1:])
+        return StoredTensor(
+            self.file, f"{self.name}[{first}:{end}]", self.dtype, shape, self.begin + first * width, (end - first) * width
+        )
+
+
+def stored_part(stored: dict[str, StoredTensor], name: str) -> StoredTensor | None:
+    """The tensor of that name, or the rows of one that `StoredTensor.rows` gives that name."""
+    if name in stored:
+        return stored[name]
+    found = re.fullmatch(r"(.+)\[(\d+):(\d+)\]", name)
+    whole = stored.get(found[1]) if found else None
+    if found is None or whole is None or not whole.shape or not int(found[2]) <= int(found[3]) <= whole.shape[0]:
+        return None
+    return whole.rows(int(found[2]), int(found[3]))
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
