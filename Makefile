@@ -43,7 +43,7 @@ demo: $(VENV)/built
 sanitize:
 	mkdir -p build
 	for driver in tests/sanitize/*.cpp; do \
-	  $(CXX) -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc -o build/sanitize \
+	  $(CXX) -std=c++20 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc -o build/sanitize \
 	    $$driver $$(find csrc/cpu -name "*.cpp") && build/sanitize && KMQ_CPU_PATH=avx2 build/sanitize && KMQ_CPU_PATH=scalar build/sanitize || exit 1; done
 
 lint: $(VENV)/installed

@@ -23,9 +23,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def assign(values: Tensor, centroids: Tensor) -> Tensor:
-    """Nearest centroid of each value, (B, N) uint8: `searchsorted` of the midpoints, a tie goes to the lower index."""
-    midpoints = (centroids[:, 1:] + centroids[:, :-1]) / 2  # [B, K - 1]
-    return torch.searchsorted(midpoints.contiguous(), values.to(centroids.dtype).contiguous()).to(torch.uint8)
+    """Nearest centroid of each value, (B, N) uint8: `searchsorted` of the midpoints, a tie goes to the lower index, NaN to 0."""
+    above, below = centroids[:, 1:], centroids[:, :-1]
+    middle = (above + below) / 2
+    midpoints = torch.where(middle.isinf(), above / 2 + below / 2, middle)  # [B, K - 1]
+    found = torch.searchsorted(midpoints.contiguous(), values.to(centroids.dtype).contiguous())
+    return torch.where(values.isnan(), 0, found).to(torch.uint8)
 
 
 def update(values: Tensor, assignments: Tensor, num_centroids: int, sample_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,12 @@
 //
 // A function marked KMQ_AVX2 may be called only where kmq::cpu::avx2() is true, one marked KMQ_AVX512 only where avx512() is;
 // helpers marked ..._INLINE are inlined into those. Lambdas do not inherit the target of the function around them, so kernels pass small structs instead.
+//
+// Twins for AVX2 and AVX-512 are written out, here and in codes/decode_*.h, linear/, clustering/ and gradients/, where they differ in
+// more than their width: masks are registers of their own in one and vectors in the other, tables of 16 to 64 entries are one
+// instruction or a tree of them, tails are masked or padded, and what is unrolled follows from 32 registers or 16. A template over a
+// vector type would have to name each of these differences. What is alike for all paths is a plain loop (KMQ_PLAIN), or a template
+// over the path (GemmAvx2 and GemmAvx512, DotAvx2 and DotAvx512).
 #pragma once
 #include "half.h"
 

@@ -43,12 +43,18 @@ def check_weight(name: str, values: Tensor, weight: Tensor | None) -> None:
         )
 
 
-def has_engine(tensors: Sequence[Tensor], weights: Sequence[Tensor | None]) -> bool:
-    """Whether a compiled engine takes these: there is one for the CPU and one for CUDA, for at most 32 bits, one device."""
-    given = [*tensors, *(weight for weight in weights if weight is not None)]
-    fits = len({tensor.device for tensor in given}) == 1 and all(tensor.dtype != torch.float64 for tensor in given)
-    device = given[0].device.type
-    return fits and device in ("cpu", "cuda") and ops.has_kernel("kmeans", device.upper())
+def by_engine(tensors: Sequence[Tensor], weights: Sequence[Tensor | None]) -> dict[torch.device | None, list[int]]:
+    """Which tensors the compiled engine of a device takes, and under None those that none takes.
+
+    There is an engine for the CPU and one for CUDA, for at most 32 bits. What stands beside a tensor has no say.
+    """
+    engines: dict[torch.device | None, list[int]] = {}
+    for i, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
+        wide = torch.float64 in (tensor.dtype, None if weight is None else weight.dtype)
+        kind = tensor.device.type
+        compiled = not wide and kind in ("cpu", "cuda") and ops.has_kernel("kmeans", kind.upper())
+        engines.setdefault(tensor.device if compiled else None, []).append(i)
+    return engines
 
 
 def refuse_values(name: str, problem: Array, weight: Array | None) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .checks import check_options, check_values, check_weight, has_engine, refuse_values, spread_weights
+from .checks import by_engine, check_options, check_values, check_weight, refuse_values, spread_weights
 from .points import Array, Options, points_of, solve_points
 from .results import Algorithm, Init, KMeansResult
 
@@ -76,6 +76,21 @@ def _kmeans_tensor(name: str, values: Tensor, num_centroids: int, weight: Tensor
     return _stack([kmeans_problem(name, values[b], num_centroids, weights[b], options) for b in range(len(values))])
 
 
+def _kmeans_compiled(problems: Sequence[tuple[str, Tensor, int, Tensor | None]], options: Options) -> list[KMeansResult]:
+    names, tensors, counts, weights = (list(part) for part in zip(*problems, strict=True))
+    rows = [tensor.detach()[None] if tensor.dim() == 1 else tensor.detach() for tensor in tensors]
+    row_weights = [
+        None if weight is None else weight.detach().reshape(row.shape) for row, weight in zip(rows, weights, strict=True)
+    ]
+    solved = ops.kmeans(rows, row_weights, counts, [1] * len(rows), False, *options, names=names)
+    results = []
+    for tensor, labels, centroids, *scalars in zip(tensors, *solved, strict=True):
+        one = tensor.dim() == 1
+        centroids, inertia, n_iter, bound = (part[0] if one else part for part in (centroids, *scalars))
+        results.append(KMeansResult(centroids, labels.view(tensor.shape), inertia, n_iter, bound))
+    return results
+
+
 @overload
 def kmeans(
     values: Tensor,
@@ -125,13 +140,14 @@ def kmeans(
     (with more than 64 centroids: on the bins of a histogram); "exact" the global optimum over all distinct values; "lloyd"
     iterates from `init` ("k-means++", "linear", "random", "quantile") until the partition stands still, the centroids move less
     than `tol` (relative to the variance, as in scikit-learn), or `max_iter`.
-    On CUDA tensors "optimal" runs on the device, where `bound` is not known.
+    On CUDA tensors "optimal" runs on the device, where `bound` is not known; a problem of more than 2**28 values is solved on the
+    CPU. Of tensors in a list, each is clustered as if it stood alone.
     seed makes "k-means++" and "random" repeatable; each problem draws from the same seed, whatever stands beside it.
 
     Returns a KMeansResult, a list of them for a list. The centroids ascend; assignments are searchsorted((c[1:] + c[:-1]) / 2,
-    values) in their dtype, a tie goes to the lower index. With fewer distinct values than K, these values are the first
-    centroids and the largest is repeated; with at least K, no cluster is empty (unless K of them are so close that a midpoint
-    cannot lie between two in fp32). Raises ValueError for NaN, Inf, an empty tensor, or weights that are negative or all zero;
+    values) in their dtype (the sum wider where it overflows), a tie goes to the lower index. With fewer distinct values than K,
+    these values are the first centroids and the largest is repeated; with at least K, no cluster is empty (unless K of them are so
+    close that a midpoint cannot lie between two in fp32). Raises ValueError for NaN, Inf, an empty tensor, or weights that are negative or all zero;
     TypeError for other dtypes.
     """
     options = check_options(algorithm, init, max_iter, tol, seed)
@@ -149,20 +165,14 @@ def kmeans(
         check_weight(name, tensor, weight)
         if not 1 <= count <= 256:
             raise ValueError(f"num_centroids: expected 1 to 256, got {count}")
-    if tensors and has_engine(tensors, weights):
-        rows = [tensor.detach()[None] if tensor.dim() == 1 else tensor.detach() for tensor in tensors]
-        row_weights = [
-            None if weight is None else weight.detach().reshape(row.shape) for row, weight in zip(rows, weights, strict=True)
-        ]
-        solved = ops.kmeans(rows, row_weights, counts, [1] * len(rows), False, *options, names=names)
-        results = []
-        for tensor, labels, centroids, *scalars in zip(tensors, *solved, strict=True):
-            one = tensor.dim() == 1
-            centroids, inertia, n_iter, bound = (part[0] if one else part for part in (centroids, *scalars))
-            results.append(KMeansResult(centroids, labels.view(tensor.shape), inertia, n_iter, bound))
-        return results[0] if single else results
-    results = [_kmeans_tensor(*problem, options) for problem in zip(names, tensors, counts, weights, strict=True)]
-    return results[0] if single else results
+    results: dict[int, KMeansResult] = {}
+    for device, members in by_engine(tensors, weights).items():
+        if device is None:
+            results |= {i: _kmeans_tensor(names[i], tensors[i], counts[i], weights[i], options) for i in members}
+        else:
+            part = [(names[i], tensors[i], counts[i], weights[i]) for i in members]
+            results |= zip(members, _kmeans_compiled(part, options), strict=True)
+    return results[0] if single else [results[i] for i in range(len(tensors))]
 
 
 def linear_codebook(values: Tensor, num_centroids: int) -> KMeansResult:

@@ -1,14 +1,14 @@
 """cluster_matrices: all weights of a model, as codebooks and packed indices."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..packing import row_bytes
-from .checks import check_options, check_values, check_weight, has_engine, spread_weights
+from .checks import by_engine, check_options, check_values, check_weight, spread_weights
 from .kmeans import kmeans_problem, linear_codebook
 from .points import Options
 from .results import Algorithm, ClusteredMatrix, Init, Scheme
@@ -61,44 +61,38 @@ def cluster_matrices(
             raise ValueError(f"group_rows of {name}: expected at least 1, got {group}")
     matrices = [matrix.detach() for matrix in matrices]
     matrices = [matrix.float() if matrix.dtype == torch.float64 else matrix for matrix in matrices]
-    if scheme == "kmeans" and has_engine(matrices, importance):
-        return _cluster_compiled(matrices, importance, bits, group_rows, called, options, on_done)
-    done = []
-    for i, (name, matrix, weight) in enumerate(zip(called, matrices, importance, strict=True)):
-        done.append(_cluster_matrix(name, matrix, bits[i], group_rows[i], scheme, weight, options))
-        if on_done is not None:
-            on_done(i)
-    return done
+    engines = by_engine(matrices, importance) if scheme == "kmeans" else {None: list(range(len(matrices)))}
+    done: dict[int, ClusteredMatrix] = {}
+    for device, members in engines.items():
+        for batch in _batches(matrices, members, device):
+            if device is None:
+                (i,) = batch
+                done[i] = _cluster_matrix(called[i], matrices[i], bits[i], group_rows[i], scheme, importance[i], options)
+            else:
+                labels, centroids, inertia, _, _ = ops.kmeans(
+                    [matrices[i] for i in batch], [importance[i] for i in batch], [2 ** bits[i] for i in batch],
+                    [group_rows[i] for i in batch], True, *options, names=[called[i] for i in batch],
+                )  # fmt: skip
+                done |= zip(batch, map(ClusteredMatrix, labels, centroids, inertia), strict=True)
+            if on_done is not None:
+                for i in batch:
+                    on_done(i)
+    return [done[i] for i in range(len(matrices))]
 
 
-def _cluster_compiled(
-    matrices: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    bits: Sequence[int],
-    group_rows: Sequence[int],
-    names: Sequence[str],
-    options: Options,
-    on_done: Callable[[int], None] | None,
-) -> list[ClusteredMatrix]:
-    """In batches of neighbouring matrices: work for all threads, small enough for progress to be seen. On a GPU all at once."""
-    done: list[ClusteredMatrix] = []
-    batch = _BATCH if matrices[0].device.type == "cpu" else math.inf
-    while len(done) < len(matrices):
-        begin = end = len(done)
-        size = 0
-        while end < len(matrices) and size < batch:
-            size += matrices[end].numel()
-            end += 1
-        part = slice(begin, end)
-        labels, centroids, inertia, _, _ = ops.kmeans(
-            list(matrices[part]), list(weights[part]), [2**b for b in bits[part]], list(group_rows[part]), True,
-            *options, names=list(names[part]),
-        )  # fmt: skip
-        done += map(ClusteredMatrix, labels, centroids, inertia)
-        if on_done is not None:
-            for i in range(begin, end):
-                on_done(i)
-    return done
+def _batches(matrices: Sequence[Tensor], members: Sequence[int], device: torch.device | None) -> Iterator[list[int]]:
+    """Neighbouring matrices: work for all threads, small enough for progress to be seen. On a GPU all, without engine one."""
+    most = 0 if device is None else _BATCH if device.type == "cpu" else math.inf
+    batch: list[int] = []
+    size = 0
+    for i in members:
+        batch.append(i)
+        size += matrices[i].numel()
+        if size >= most:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _cluster_matrix(

@@ -30,8 +30,9 @@ def _(values: Tensor, centroids: Tensor) -> Tensor:
 
 
 def assign(values: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the nearest centroid of each value: `searchsorted` of the midpoints, a tie goes to the lower index.
+    """Index of the nearest centroid of each value: `searchsorted` of the midpoints, a tie goes to the lower index, NaN to 0.
 
+    A midpoint of two centroids is (a + b) / 2 rounded once, also where a + b is too large for their dtype.
     values: (B, N) fp32, fp64, bf16 or fp16. centroids: (B, K) ascending, K from 1 to 256, fp32 or fp64.
     Returns assignments (B, N) uint8. Raises TypeError or ValueError for other shapes or dtypes.
     """

@@ -60,7 +60,7 @@ def _kmeans_cuda(
     tol: float,
     seed: int,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[int]]:
-    """kmq::kmeans on a GPU: "optimal" in Triton; what its histograms cannot resolve, and other algorithms, on the CPU."""
+    """kmq::kmeans on a GPU: "optimal" in Triton; what its histograms cannot resolve or count, other algorithms: on the CPU."""
     from ..triton_kernels import kmeans as triton_kmeans
 
     if algorithm == "optimal":

@@ -26,8 +26,8 @@ BLOCKS = TILE // BLOCK
 def _below(k, pivot, x):
     """The place in the next level of the heap: 2 * k, plus the sign bit of pivot - x, which is 1 where x > pivot.
 
-    The difference has the right sign for every x but NaN; a pivot that is NaN sends all to the left. Shift and sign are one
-    funnel shift of (k, difference).
+    The difference has the right sign for every x; where it is NaN (a pivot that is not there, or x is NaN) all go to the left,
+    because the NaN that a GPU computes has no sign. Shift and sign are one funnel shift of (k, difference).
     """
     return (k << 1) | ((pivot - x).to(tl.uint32, bitcast=True) >> 31)
 
@@ -269,7 +269,9 @@ def _heap_order(num_centroids: int, device: torch.device) -> Tensor:
 
 def pivots_of(centroids: Tensor) -> Tensor:
     """centroids (P, K) ascending -> pivots (P, 2**levels) fp32 in heap order."""
-    middle = (centroids[:, 1:] + centroids[:, :-1]) / 2
+    above, below = centroids[:, 1:], centroids[:, :-1]
+    middle = (above + below) / 2
+    middle = torch.where(middle.isinf(), above / 2 + below / 2, middle)
     end = middle.new_full((len(centroids), 1), torch.nan)  # all go to the left of it
     return torch.cat([middle, end], 1)[:, _heap_order(centroids.shape[1], centroids.device)].float().contiguous()
 
@@ -292,7 +294,7 @@ def _launch(work: worklist.WorkList, centroids: Tensor, dtype: torch.dtype, pack
 
 
 def assign(values: Tensor, centroids: Tensor) -> Tensor:
-    """Nearest centroid of each value, (B, N) uint8: values (B, N) fp32, bf16 or fp16, centroids (B, K) fp32 ascending."""
+    """Nearest centroid of each value, (B, N) uint8, NaN to 0: values (B, N) fp32, bf16, fp16, centroids (B, K) fp32 ascending."""
     out = torch.empty_like(values, dtype=torch.uint8, memory_format=torch.contiguous_format)
     kept = values.contiguous()
     _launch(worklist.build_batch(kept, out, None, TILE), centroids, values.dtype, False)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .codebook_linear_grad import index_tile
-from .dequantize import on_device
+from .dequantize import aligned, on_device
 
 POSITIONS = 32  # of a program
 BLOCKS = 4  # of 128 columns, that a program takes one after the other
@@ -90,7 +90,7 @@ def codebook_embedding_grad(
     partial = torch.empty(pieces, programs if shared else count, num_centroids, device=grad.device, dtype=torch.float32)
     with on_device(grad):
         embedding_grad_kernel[(programs, pieces)](
-            grad, flat, packed.contiguous(), partial, count, packed.shape[0], cols, padding_idx,
+            grad, flat, aligned(packed), partial, count, packed.shape[0], cols, padding_idx,
             BITS=bits, SHARED=shared, POSITIONS=POSITIONS, BLOCKS=BLOCKS, debug=True, sanitize_overflow=False,
             num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode import NATIVE, index, load_planes
-from .dequantize import on_device
+from .dequantize import aligned, on_device
 
 
 class Tile(NamedTuple):
@@ -137,4 +137,4 @@ def codebook_linear_grad(
     tiles = triton.cdiv(grad.shape[1], tile.rows) * triton.cdiv(x.shape[1], tile.cols)
     pieces = _pieces(grad.shape[0], tiles, x.device)
     with on_device(x), torch.autocast(x.device.type, enabled=False):
-        return fused_linear_grad(grad, x, packed.contiguous(), num_codebooks, num_centroids, group_rows, tile, pieces)
+        return fused_linear_grad(grad, x, aligned(packed), num_codebooks, num_centroids, group_rows, tile, pieces)

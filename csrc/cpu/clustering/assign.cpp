@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <numeric>
 
 #include "kmeans.h"
 
@@ -16,7 +17,7 @@ template <typename T>
 std::vector<T> midpoints_of(const void* centroids, int64_t problem, int num_centroids) {
   const T* c = static_cast<const T*>(centroids) + problem * num_centroids;
   std::vector<T> out;
-  for (int k = 0; k + 1 < num_centroids; ++k) out.push_back((c[k + 1] + c[k]) / 2);
+  for (int k = 0; k + 1 < num_centroids; ++k) out.push_back(std::midpoint(c[k], c[k + 1]));
   return out;
 }
 

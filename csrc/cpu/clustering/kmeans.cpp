@@ -11,6 +11,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <numeric>
 
 #include "kmeans.h"
 
@@ -66,7 +67,7 @@ double label(const Problem& problem, const Labeller& labeller, const Piece& piec
 Labeller labeller_of(const Problem& problem) {
   float midpoints[256];
   const float* c = problem.centroids();
-  for (int k = 0; k + 1 < problem.matrix->num_centroids; ++k) midpoints[k] = (c[k + 1] + c[k]) / 2;
+  for (int k = 0; k + 1 < problem.matrix->num_centroids; ++k) midpoints[k] = std::midpoint(c[k], c[k + 1]);  // whose sum may be Inf
   return Labeller(midpoints, c, problem.matrix->num_centroids);
 }
 
@@ -216,7 +217,7 @@ class Schedule {
   void gather(Large& large, int64_t segment, Scratch& scratch) {
     large.histogram->gather(segment);
     if (!last(large)) return;
-    const std::vector<int32_t> starts = large.histogram->take(large.gathered);
+    const std::vector<int64_t> starts = large.histogram->take(large.gathered);
     for (size_t i = 0; i < large.asked.size(); ++i) {
       Points::Members& members = large.points.members[large.asked[i]];
       members.bin = -1;

@@ -1,9 +1,11 @@
 // The pieces of the clustering engine, shared by the kmeans_*.cpp files.
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "../../kmq.h"
 #include "../half.h"
+#include "moments.h"
 
 namespace kmq::cpu {
 
@@ -15,7 +17,7 @@ constexpr int64_t kSmall = 16384;  // values; up to here, a problem is sorted an
 // saw it (rounding of its key).
 struct Points {
   // The values that a point is the mean of, and what they lie between: those of a bin, or gathered ones. Neither where it is one.
-  struct Members { int32_t bin = -1, first = 0, last = 0; float low = 0, high = 0; };
+  struct Members { int64_t first = 0, last = 0; int32_t bin = -1; float low = 0, high = 0; };
   std::vector<double> x, w, spread;
   std::vector<Members> members;  // like spread
   double blur = 0;
@@ -29,19 +31,27 @@ struct Points {
 using Edges = std::vector<int64_t>;
 
 // Prefix sums of weight, weight * (x - origin) and weight * (x - origin)^2, entry i over the points before i. They are counted
-// from the weighted median outwards: values far out leave the differences near the bulk exact.
+// from the weighted median outwards: values far out leave the differences near the bulk exact. Where that is not enough, the
+// squared errors come from `moments`, and wxx is zero.
 struct Sums {
   static constexpr int64_t kPad = 16;  // entries that vector loads may touch beyond the last
   std::vector<double> w, wx, wxx;
   double origin = 0;
+  double rounding = 0;  // by how much the cost of a partition may be off, about
   int64_t n = 0;
   const double* reciprocal = nullptr;  // of small numbers, where all weights are one
+  const Moments* moments = nullptr;
+  const int64_t* cells = nullptr;  // of which these are the sums, for `moments`
 
   void set(const Points& points);
-  void pick(const Sums& all, const Edges& cells);  // those at the edges of cells
+  void pick(const Sums& all, const Edges& cells);  // those at the edges of cells, which must stay
+  void use(const Moments& exact);                  // of the same points
+  bool resolve(double cost) const;                 // the cost of a partition
   double weight(int64_t i, int64_t j) const { return w[j] - w[i]; }
+  Moment moment(int64_t i, int64_t j) const { return cells ? moments->of(cells[i], cells[j]) : moments->of(i, j); }
   // Squared error of the points [i, j) around their mean.
   double cost(int64_t i, int64_t j) const {
+    if (moments) return moment(i, j).error;
     const double first = wx[j] - wx[i];
     const double cost = (wxx[j] - wxx[i]) - first * first / (w[j] - w[i]);
     return cost > 0 ? cost : 0;
@@ -84,6 +94,7 @@ struct Scratch {
   std::vector<float> wide;
   Points points, finer;
   Sums sums, cell_sums;
+  Moments moments;
   PartitionScratch partition;
   Solution solution;
   Known known;
@@ -104,6 +115,9 @@ struct Gathered { std::vector<float> x, w; };  // w is empty where all weights a
 Edges zoom(Points& points, Gathered& values, const KmeansOptions& options, Scratch& scratch, Solution& solution);
 
 constexpr float kLargest = 3.4028234e38f;
+
+// What a value may lie between, as floats: of values near the largest, the margin around them is cut off.
+inline float finite(double x) { return static_cast<float>(std::clamp<double>(x, -kLargest, kLargest)); }
 
 // Unsigned keys in the order of the floats; both zeros get one key, and no finite value has key 0.
 inline uint32_t sort_key(float x) {
@@ -135,7 +149,7 @@ class Histogram {
   // left out. The i-th bin's values lie between the i-th and the next of the positions returned.
   void mark(const std::vector<int32_t>& bins);
   void gather(int64_t segment);
-  std::vector<int32_t> take(Gathered& values);
+  std::vector<int64_t> take(Gathered& values);
 
   struct Keys {
     float origin = 0, scale = 0;

@@ -15,7 +15,7 @@ namespace kmq::cpu {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kFewPairs = 800, kFewWeightedPairs = 200;  // are all tried: faster than to narrow the candidates first
+constexpr int64_t kFewPairs = 800, kFewWeightedPairs = 200, kFewMoments = 32;  // are all tried: faster than to narrow the candidates first
 
 // 1 / d at [d] for d from 1 on. Not a number at 0, so that an empty interval is never the least; zeros before, where masked lanes read.
 const double* reciprocals() {
@@ -63,6 +63,32 @@ int64_t leftmost_scalar(const Sums& sums, const double* gain, int64_t first, int
   int64_t answer = first;
   for (int64_t i = first; i <= last; ++i) {
     const double value = through<unit>(sums, gain, i, j);
+    if (value < least) {
+      least = value;
+      answer = i;
+    }
+  }
+  return answer;
+}
+
+// The same where the prefix sums do not resolve the costs.
+double through_moments(const Sums& sums, const double* gain, int64_t i, int64_t j) {
+  return i == j ? kInfinity : gain[i] + sums.moment(i, j).error;
+}
+
+void minima_moments(const Sums& sums, const double* gain, double* to, int64_t first, int64_t last, int64_t begin, int64_t end, double price) {
+  for (int64_t j = begin; j <= end; ++j) {
+    double least = kInfinity;
+    for (int64_t i = first; i <= last; ++i) least = std::min(least, through_moments(sums, gain, i, j));
+    to[j] = least + price;
+  }
+}
+
+int64_t leftmost_moments(const Sums& sums, const double* gain, int64_t first, int64_t last, int64_t j, double& least) {
+  least = kInfinity;
+  int64_t answer = first;
+  for (int64_t i = first; i <= last; ++i) {
+    const double value = through_moments(sums, gain, i, j);
     if (value < least) {
       least = value;
       answer = i;
@@ -202,6 +228,7 @@ KMQ_AVX512 int64_t leftmost_avx512(const Sums& sums, const double* gain, int64_t
 #endif
 
 Kernels kernels_of(const Sums& sums) {
+  if (sums.moments) return {kFewMoments, minima_moments, leftmost_moments};
   const bool unit = sums.reciprocal != nullptr;
 #ifdef KMQ_X86
   if (avx512()) return unit ? Kernels{kFewPairs, minima_avx512<true>, leftmost_avx512<true>} : Kernels{kFewWeightedPairs, minima_avx512<false>, leftmost_avx512<false>};
@@ -305,6 +332,9 @@ void Points::ascend() {
 
 void Sums::set(const Points& points) {
   n = points.size();
+  moments = nullptr;
+  cells = nullptr;
+  int64_t lost = 0;
   for (std::vector<double>* column : {&w, &wx, &wxx}) column->resize(n + 1 + kPad);
   const double *x = points.x.data(), *weight = points.w.empty() ? nullptr : points.w.data();
   double *const at_w = w.data(), *const at_wx = wx.data(), *const at_wxx = wxx.data();
@@ -318,11 +348,11 @@ void Sums::set(const Points& points) {
     at_w[middle] = 0;
     for (int64_t i = middle; i < n; ++i) {
       at_w[i + 1] = at_w[i] + weight[i];
-      if (at_w[i + 1] == at_w[i]) at_w[i + 1] = std::nextafter(at_w[i], kInfinity);
+      if (at_w[i + 1] == at_w[i]) at_w[i + 1] = std::nextafter(at_w[i], kInfinity), ++lost;
     }
     for (int64_t i = middle; i-- > 0;) {
       at_w[i] = at_w[i + 1] - weight[i];
-      if (at_w[i] == at_w[i + 1]) at_w[i] = std::nextafter(at_w[i + 1], -kInfinity);
+      if (at_w[i] == at_w[i + 1]) at_w[i] = std::nextafter(at_w[i + 1], -kInfinity), ++lost;
     }
   } else {
     for (int64_t i = 0; i <= n; ++i) at_w[i] = double(i - middle);
@@ -348,12 +378,31 @@ void Sums::set(const Points& points) {
   }
   for (int64_t i = middle + both; i < n; ++i) right(i);
   for (int64_t i = middle - both; i-- > 0;) left(i);
+  // Over the intervals of a partition the errors of their common edges cancel but for the distance of their means: in all, the error
+  // of a prefix of weight * |x - origin| times the range, and that of a prefix of weight times its square. Each prefix is off by
+  // about the square root of its length in units of its last place.
+  const double reach = std::max(x[n - 1] - from, from - x[0]), unit = 0x1p-53 * (8 + 4 * std::sqrt(double(n)) + 2 * double(lost));
+  rounding = unit * ((at_wx[0] + at_wx[n]) * reach + (weight ? (at_w[n] - at_w[0]) * reach * reach : 0));
   pad();
+}
+
+void Sums::use(const Moments& exact) {
+  moments = &exact;
+  rounding = 0;
+  std::fill(wxx.begin(), wxx.end(), 0.0);
+}
+
+bool Sums::resolve(double cost) const {
+  constexpr double kTolerance = 1e-6;
+  return rounding <= kTolerance * cost;
 }
 
 void Sums::pick(const Sums& all, const Edges& cells) {
   n = static_cast<int64_t>(cells.size()) - 1;
   origin = all.origin;
+  rounding = all.rounding;
+  moments = all.moments;
+  this->cells = cells.data();
   reciprocal = nullptr;
   for (std::vector<double>* column : {&w, &wx, &wxx}) column->resize(n + 1 + kPad);
   for (int64_t i = 0; i <= n; ++i) {

@@ -288,19 +288,19 @@ void Histogram::gather(int64_t segment) {
   keep();
 }
 
-std::vector<int32_t> Histogram::take(Gathered& values) {
-  const int32_t before = static_cast<int32_t>(values.x.size());
-  std::vector<int32_t> ends(marks_.count + 1, 0);
+std::vector<int64_t> Histogram::take(Gathered& values) {
+  const int64_t before = static_cast<int64_t>(values.x.size());
+  std::vector<int64_t> ends(marks_.count + 1, 0);
   for (const Part& part : parts_)
     for (const Found& found : part.found) ++ends[found.mark];
   ends[0] = before;
   for (int32_t i = 1; i <= marks_.count; ++i) ends[i] += ends[i - 1];
   values.x.resize(ends[marks_.count]);
   if (weight_) values.w.resize(ends[marks_.count]);
-  std::vector<int32_t> at(ends.begin(), ends.end() - 1);
+  std::vector<int64_t> at(ends.begin(), ends.end() - 1);
   for (Part& part : parts_) {
     for (size_t f = 0; f < part.found.size(); ++f) {
-      const int32_t to = at[part.found[f].mark - 1]++;
+      const int64_t to = at[part.found[f].mark - 1]++;
       values.x[to] = part.found[f].x;
       if (weight_) values.w[to] = part.found_weight[f];
     }
@@ -417,7 +417,7 @@ KmeansFault Histogram::points(Scratch& scratch, Points& points) {
     points.w.push_back(bin.weight);
     points.spread.push_back(!weight_ && bin.weight == 1 ? 0.0 : bin.weight * (at - low) * (high - at));
     const double from = value(negative ? high : low) - 2 * points.blur, to = value(negative ? low : high) + 2 * points.blur;
-    points.members.push_back({b, 0, 0, static_cast<float>(from), static_cast<float>(to)});
+    points.members.push_back({0, 0, b, finite(from), finite(to)});
   };
   for (std::vector<double>* column : {&points.x, &points.w, &points.spread}) column->reserve(occupied + far.size());
   points.members.reserve(occupied + far.size());

@@ -13,6 +13,7 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Mean of points [i, j). Next to weights ten decades larger, the prefix sums hold little of a light cluster: it is added afresh.
 double mean_of(const Points& points, const Sums& sums, int64_t i, int64_t j) {
+  if (sums.moments) return std::clamp(sums.moment(i, j).mean, points.x[i], points.x[j - 1]);
   double weight = sums.weight(i, j), first = sums.wx[j] - sums.wx[i];
   if (j - i <= 4 || weight < 1e-4 * sums.weight(0, sums.n)) {
     weight = first = 0;
@@ -79,13 +80,14 @@ Edges make_cells(const Points& points, int64_t count, double& growth) {
   return cells;
 }
 
-// Gives every cluster a member: one without any takes the end point of the cluster that loses most by keeping it.
-void fill_empty(const Points& points, const Sums& sums, Edges& edges) {
+// Gives every cluster a member: one without any takes the end point of the cluster that loses most by keeping it. Returns whether
+// there was one.
+bool fill_empty(const Points& points, const Sums& sums, Edges& edges) {
   const int64_t K = static_cast<int64_t>(edges.size()) - 1;
-  for (;;) {
+  for (bool filled = false;; filled = true) {
     int64_t empty = 0;
     while (empty < K && edges[empty + 1] > edges[empty]) ++empty;
-    if (empty == K) return;
+    if (empty == K) return filled;
     double most = -1;
     int64_t cut = 0;
     for (int64_t k = 0; k < K; ++k) {
@@ -104,19 +106,24 @@ void fill_empty(const Points& points, const Sums& sums, Edges& edges) {
   }
 }
 
-// Lloyd iterations until the partition stands still, the centroids move less than tol * variance, or max_iter.
+// Lloyd iterations until the partition stands still, the centroids move less than tol * variance, or max_iter; beyond the last only
+// where a cluster would be left empty. Where there are edges already, the centroids are the means of their intervals, and so they are
+// in the end.
 void lloyd(const Points& points, const Sums& sums, const KmeansOptions& options, double tol, Solution& solution) {
+  constexpr int kMore = 100;
   const int64_t n = points.size(), K = static_cast<int64_t>(solution.centroids.size());
-  const double threshold = tol * (sums.cost(0, n) / sums.weight(0, n));
+  const double threshold = tol > 0 ? tol * (sums.cost(0, n) / sums.weight(0, n)) : 0;
   std::vector<double>& c = solution.centroids;
   Edges next(K + 1);
-  while (solution.n_iter < options.max_iter) {
-    ++solution.n_iter;
+  bool last = solution.n_iter >= options.max_iter;
+  for (int more = 0;;) {
     next[0] = 0;
     next[K] = n;
     for (int64_t k = 1; k < K; ++k)
       next[k] = std::upper_bound(points.x.begin() + next[k - 1], points.x.end(), (c[k - 1] + c[k]) / 2) - points.x.begin();
-    fill_empty(points, sums, next);
+    const bool filled = fill_empty(points, sums, next);
+    if (last && (!filled || more++ == kMore)) return;
+    if (!last) ++solution.n_iter;
     if (next == solution.edges) return;
     solution.edges = next;
     double shift = 0;
@@ -125,7 +132,7 @@ void lloyd(const Points& points, const Sums& sums, const KmeansOptions& options,
       shift += (moved - c[k]) * (moved - c[k]);
       c[k] = moved;
     }
-    if (tol > 0 && shift <= threshold) return;
+    last |= solution.n_iter >= options.max_iter || (tol > 0 && shift <= threshold);
   }
 }
 
@@ -258,6 +265,60 @@ void polish(const Sums& sums, const Edges& cells, const Edges& cell_edges, Parti
   }
 }
 
+// The best partition, on scratch.sums of the points; where these do not suffice for all of them, over cells and then polished.
+// Returns its cost, from the sums.
+double best(const Points& points, int num_centroids, const KmeansOptions& options, Scratch& scratch, Solution& out) {
+  const int64_t n = points.size(), K = num_centroids;
+  const Sums& sums = scratch.sums;
+  out.centroids.clear();
+  out.n_iter = 0;
+  const int64_t count = std::min<int64_t>(std::max<int64_t>(32 * K, 1024), 4096);
+  const bool every_point = options.algorithm == KmeansAlgorithm::exact || n <= (points.spread.empty() ? kSmall : 2 * count);
+  const bool exact = every_point && points.spread.empty();
+  double growth = 0, cost = 0;
+  Edges cells;
+  if (exact) growth = growth_of(points, sums, num_centroids);
+  else cells = make_cells(points, count, growth);
+  double guess = growth * growth * growth / (6.0 * double(K) * double(K) * double(K));
+  if (!(guess > 0 && std::isfinite(guess))) guess = 1;
+  if (exact) {
+    const BestPrice best = best_partition(sums, K, guess * scratch.known.price_ratio, scratch.known.slope, scratch.partition, out.edges);
+    for (int k = 0; k < num_centroids; ++k) {
+      out.centroids.push_back(mean_of(points, sums, out.edges[k], out.edges[k + 1]));
+      cost += sums.cost(out.edges[k], out.edges[k + 1]);
+    }
+    out.lower_bound = std::max(cost - sums.rounding, 0.0);
+    if (cost > 0) {
+      scratch.known.slope += 0.25 * (best.price * double(K) / cost - scratch.known.slope);
+      scratch.known.price_ratio += 0.25 * (scratch.known.slope * cost / double(K) / guess - scratch.known.price_ratio);
+    }
+    return cost;
+  }
+  if (every_point) {
+    cells.resize(n + 1);
+    for (int64_t i = 0; i <= n; ++i) cells[i] = i;
+  }
+  const int64_t m = static_cast<int64_t>(cells.size()) - 1;
+  Sums& over_cells = scratch.cell_sums;
+  over_cells.pick(sums, cells);
+  std::vector<double> inside(m, 0.0), spread(m, 0.0);
+  double within = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    inside[i] = cells[i + 1] - cells[i] > 1 ? sums.cost(cells[i], cells[i + 1]) : 0.0;
+    within += inside[i];
+    if (!points.spread.empty())
+      for (int64_t p = cells[i]; p < cells[i + 1]; ++p) spread[i] += points.spread[p];
+  }
+  Edges cell_edges;
+  best_partition(over_cells, K, guess, 2, scratch.partition, cell_edges);
+  for (int64_t k = 0; k < K; ++k) cost += over_cells.cost(cell_edges[k], cell_edges[k + 1]);
+  polish(sums, cells, cell_edges, scratch.partition, out.edges);
+  for (int64_t k = 0; k < K; ++k) out.centroids.push_back(mean_of(points, sums, out.edges[k], out.edges[k + 1]));
+  out.lower_bound = lower_bound(cost - within, sums.rounding, inside, spread, points.blur, sums.weight(0, n), num_centroids);
+  lloyd(points, sums, options, 0.0, out);
+  return cost;
+}
+
 }  // namespace
 
 void solve(const Points& points, int num_centroids, const KmeansOptions& options, Scratch& scratch, Solution& out) {
@@ -279,65 +340,27 @@ void solve(const Points& points, int num_centroids, const KmeansOptions& options
     out.lower_bound = -1;
     return;
   }
-  const int64_t count = std::min<int64_t>(std::max<int64_t>(32 * K, 1024), 4096);
-  const bool every_point = options.algorithm == KmeansAlgorithm::exact || n <= (points.spread.empty() ? kSmall : 2 * count);
-  const bool exact = every_point && points.spread.empty();
-  const double rounding = 1e-13 * (sums.wxx[n] - sums.wxx[0]);
-  double growth = 0;
-  Edges cells;
-  if (exact) growth = growth_of(points, sums, num_centroids);
-  else cells = make_cells(points, count, growth);
-  double guess = growth * growth * growth / (6.0 * double(K) * double(K) * double(K));
-  if (!(guess > 0 && std::isfinite(guess))) guess = 1;
-  if (exact) {
-    const BestPrice best = best_partition(sums, K, guess * scratch.known.price_ratio, scratch.known.slope, scratch.partition, out.edges);
-    double cost = 0;
-    for (int k = 0; k < num_centroids; ++k) {
-      out.centroids.push_back(mean_of(points, sums, out.edges[k], out.edges[k + 1]));
-      cost += sums.cost(out.edges[k], out.edges[k + 1]);
-    }
-    out.lower_bound = cost;
-    if (cost > 0) {
-      scratch.known.slope += 0.25 * (best.price * double(K) / cost - scratch.known.slope);
-      scratch.known.price_ratio += 0.25 * (scratch.known.slope * cost / double(K) / guess - scratch.known.price_ratio);
-    }
-    return;
-  }
-  if (every_point) {
-    cells.resize(n + 1);
-    for (int64_t i = 0; i <= n; ++i) cells[i] = i;
-  }
-  const int64_t m = static_cast<int64_t>(cells.size()) - 1;
-  Sums& over_cells = scratch.cell_sums;
-  over_cells.pick(sums, cells);
-  std::vector<double> inside(m, 0.0), spread(m, 0.0);
-  double within = 0, cost = 0;
-  for (int64_t i = 0; i < m; ++i) {
-    inside[i] = cells[i + 1] - cells[i] > 1 ? sums.cost(cells[i], cells[i + 1]) : 0.0;
-    within += inside[i];
-    if (!points.spread.empty())
-      for (int64_t p = cells[i]; p < cells[i + 1]; ++p) spread[i] += points.spread[p];
-  }
-  Edges cell_edges;
-  best_partition(over_cells, K, guess, 2, scratch.partition, cell_edges);
-  for (int64_t k = 0; k < K; ++k) cost += over_cells.cost(cell_edges[k], cell_edges[k + 1]);
-  polish(sums, cells, cell_edges, scratch.partition, out.edges);
-  for (int64_t k = 0; k < K; ++k) out.centroids.push_back(mean_of(points, sums, out.edges[k], out.edges[k + 1]));
-  out.lower_bound = lower_bound(cost - within, rounding, inside, spread, points.blur, sums.weight(0, n), num_centroids);
-  out.edges.clear();
-  lloyd(points, sums, options, 0.0, out);
+  if (sums.resolve(best(points, num_centroids, options, scratch, out))) return;
+  scratch.moments.set(points);
+  sums.use(scratch.moments);
+  best(points, num_centroids, options, scratch, out);
 }
 
 void settle(const Points& points, const Edges& edges, const Edges& low, const Edges& high, const KmeansOptions& options, Scratch& scratch,
             Solution& solution) {
   Sums& sums = scratch.sums;
   sums.set(points);
+  double cost = 0;
+  for (size_t k = 0; k + 1 < edges.size(); ++k) cost += sums.cost(edges[k], edges[k + 1]);
+  if (!sums.resolve(cost)) {
+    scratch.moments.set(points);
+    sums.use(scratch.moments);
+  }
   Edges from, to;
   ranges_around(edges, [&](int64_t k) { return low[k]; }, [&](int64_t k) { return high[k]; }, from, to);
   best_nearby(sums, from, to, scratch.partition, solution.edges);
   for (size_t k = 0; k + 1 < edges.size(); ++k)
     solution.centroids[k] = mean_of(points, sums, solution.edges[k], solution.edges[k + 1]);
-  solution.edges.clear();
   lloyd(points, sums, options, 0.0, solution);
 }
 

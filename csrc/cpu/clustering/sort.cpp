@@ -18,15 +18,15 @@ template <typename T>
 void radix_sort(std::vector<T>& items, int shift) {
   constexpr int kDigit = 11;
   std::vector<T> other(items.size());
-  std::vector<uint32_t> start(size_t(1) << kDigit);
+  std::vector<int64_t> start(size_t(1) << kDigit);  // a problem may have more values than 32 bits count
   constexpr T kMask = (T(1) << kDigit) - 1;
   for (int bit = 0; bit < 32; bit += kDigit) {
     std::fill(start.begin(), start.end(), 0);
     const int at = shift + bit;
     for (const T item : items) ++start[(item >> at) & kMask];
-    uint32_t sum = 0;
-    for (uint32_t& s : start) {
-      const uint32_t count = s;
+    int64_t sum = 0;
+    for (int64_t& s : start) {
+      const int64_t count = s;
       s = sum;
       sum += count;
     }

@@ -24,11 +24,11 @@ void add(Points& points, double x, double w, double spread, Points::Members memb
 }
 
 // Adds the points that some of the gathered values make, and brings these values into the order of the points.
-void take_apart(Gathered& values, int32_t first, int32_t last, Points& points) {
+void take_apart(Gathered& values, int64_t first, int64_t last, Points& points) {
   struct Value { float x, w; };
   std::vector<Value> all;
   all.reserve(last - first);
-  for (int32_t i = first; i < last; ++i) all.push_back({values.x[i], values.w.empty() ? 1.0f : values.w[i]});
+  for (int64_t i = first; i < last; ++i) all.push_back({values.x[i], values.w.empty() ? 1.0f : values.w[i]});
   if (all.size() <= kFew) {
     std::stable_sort(all.begin(), all.end(), [](const Value& a, const Value& b) { return a.x < b.x; });
     for (size_t i = 0; i < all.size(); ++i) {
@@ -39,7 +39,7 @@ void take_apart(Gathered& values, int32_t first, int32_t last, Points& points) {
   }
   const auto [least, most] = std::minmax_element(all.begin(), all.end(), [](const Value& a, const Value& b) { return a.x < b.x; });
   const double low = least->x, width = double(most->x) - low;
-  struct Bucket { int32_t count; double w, wx; };
+  struct Bucket { int64_t count; double w, wx; };
   Bucket buckets[kBuckets] = {};
   const int64_t used = std::min(static_cast<int64_t>(std::sqrt(double(all.size()))), kBuckets);
   const double steps = width > 0 ? double(used) / width : 0, share = width / double(used);
@@ -50,18 +50,18 @@ void take_apart(Gathered& values, int32_t first, int32_t last, Points& points) {
     bucket.w += value.w;
     bucket.wx += value.w * (value.x - low);
   }
-  int32_t at[kBuckets], next = first;
+  int64_t at[kBuckets], next = first;
   for (int64_t b = 0; b < used; ++b) {
     const Bucket& bucket = buckets[b];
     at[b] = next;
     next += bucket.count;
     if (bucket.count == 0) continue;
-    const float from = static_cast<float>(low + share * (double(b) - 0.01)), to = static_cast<float>(low + share * (double(b) + 1.01));
-    if (width > 0) add(points, low + bucket.wx / bucket.w, bucket.w, bucket.w * share * share, {-1, at[b], next, from, to});
+    const float from = finite(low + share * (double(b) - 0.01)), to = finite(low + share * (double(b) + 1.01));
+    if (width > 0) add(points, low + bucket.wx / bucket.w, bucket.w, bucket.w * share * share, {at[b], next, -1, from, to});
     else add(points, low, bucket.w, 0, {});
   }
   for (const Value& value : all) {
-    const int32_t i = at[bucket_of(value.x)]++;
+    const int64_t i = at[bucket_of(value.x)]++;
     values.x[i] = value.x;
     if (!values.w.empty()) values.w[i] = value.w;
   }
@@ -126,7 +126,7 @@ void foresee(const Points& points, const KmeansOptions& options, Scratch& scratc
   Solution guess = solution;
   refine(points, apart, options, scratch, guess, [&](int64_t i, Points& finer) {
     const Points::Members& members = points.members[i];
-    const double half = (members.high - members.low) / 2, centre = members.low + half;
+    const double half = (double(members.high) - members.low) / 2, centre = members.low + half;
     const double tilt = std::clamp(3 * (points.x[i] - centre) / half, -1.0, 1.0);
     for (int part = 0; part < kParts; ++part) {
       const double at = (2 * part + 1) / double(kParts) - 1;
@@ -162,7 +162,7 @@ Edges zoom(Points& points, Gathered& values, const KmeansOptions& options, Scrat
           if (apart.empty() || apart.back() < i) apart.push_back(i);
         }
         // The edge may move on: the values of the next bin are wanted too, where it is near.
-        const double near = kNear * (members.high - members.low);
+        const double near = kNear * (double(members.high) - members.low);
         if (members.bin >= 0 && members.low - near <= edge && edge <= members.high + near && (bins.empty() || bins.back() < i)) bins.push_back(i);
       }
     }

@@ -19,6 +19,8 @@ constexpr int64_t kDotRows = 48;  // rows of the weight that are one task of the
 constexpr int64_t kColumns = 64;  // columns of the output that are one task of codebook_linear
 constexpr int64_t kFewRows = 32;  // of the input: they stay in the first-level cache, and panels are decoded one by one beside them,
 constexpr int64_t kFewDepth = 128;  // so deep
+constexpr int64_t kFewColumns = 4096;  // of fp32 sums of few rows of a narrower output
+constexpr int64_t kStripRows = 1020;   // of fp32 sums otherwise: a multiple of the rows of every tile
 constexpr int64_t kGrainWork = 1 << 19;  // multiplications (a decoded weight counts as 8) that are worth a thread
 
 template <typename F>
@@ -372,45 +374,55 @@ constexpr int64_t kPanelLd = Gemm::kDepth * Gemm::kCols + 16;
 
 // out [M, N] = left [M, K] @ right [K, N] + bias, where decode(k, depth, column, columns, panels) writes depth steps of the panels
 // of some columns of the right operand, kPanelLd floats apart. Tasks are `unit` columns; `least` columns can be decoded at once.
+//
+// fp32 is summed where it belongs; a narrower output in a strip of fp32, kStripRows rows of the columns that are decoded at once (of
+// few rows: kFewColumns), so that the panels are decoded once for so many rows and the strip stays in the second-level cache.
 template <typename Gemm, typename T, typename Decode>
 void multiply(const T* left, int64_t M, int64_t K, int64_t N, int64_t unit, int64_t least, const float* bias, T* out, const Decode& decode,
               const Parallel& parallel) {
   constexpr int64_t W = Gemm::kCols, strip_ld = kStripLd<Gemm>, panel_ld = kPanelLd<Gemm>;
   constexpr bool direct = std::is_same_v<T, float>;
-  static_assert(Gemm::kWide % kBlock == 0 && kBlock % W == 0 && Gemm::kDepth % kBlock == 0);
+  static_assert(Gemm::kWide % kBlock == 0 && kBlock % W == 0 && Gemm::kDepth % kBlock == 0 && kFewColumns % kBlock == 0);
   const bool few = M <= kFewRows;
   const int64_t wide = few ? least : Gemm::kWide, cut = few ? kFewDepth : Gemm::kDepth, strip = round_up(few ? M : 1, 12);
+  const int64_t rows_at_once = direct ? M : std::min(M, kStripRows), columns_at_once = direct ? N : few ? kFewColumns : wide;
   const int64_t grain = ceil_div(kGrainWork, unit * (K + 1) * (M + 8));
   parallel(ceil_div(N, unit), grain, [&](int64_t begin_unit, int64_t end_unit) {
-    const int64_t begin = begin_unit * unit, end = std::min(N, end_unit * unit);
-    const int64_t panels_size = wide / W * panel_ld, strip_size = strip * strip_ld;
-    float* const panels = workspace(panels_size + strip_size + (direct ? 0 : M * (end - begin)));
-    float *const rows = panels + panels_size, *c = rows + strip_size;
-    int64_t ld = end - begin;
-    if constexpr (direct) {
-      c = out + begin;
-      ld = N;
-    }
+    const int64_t begin = begin_unit * unit, end = std::min(N, end_unit * unit), columns = std::min(columns_at_once, end - begin);
+    const int64_t panels_size = wide / W * panel_ld, strip_size = strip * strip_ld, sums_ld = round_up(columns, 16) + 16;
+    float* const panels = workspace(panels_size + strip_size + (direct ? 0 : rows_at_once * sums_ld));
+    float *const rows = panels + panels_size, *const sums = rows + strip_size;
     std::fill(rows, rows + strip_size, 0.0f);  // a tile reads rows that its tail lacks
-    for (int64_t k = 0; k == 0 || k < K; k += cut) {
-      const int64_t depth = std::min(cut, K - k);
-      if (few)
-        for (int64_t m = 0; m < M; ++m) widen(left + m * K + k, depth, rows + m * strip_ld);
-      for (int64_t first = begin; first < end; first += wide) {
-        const int64_t last = std::min(end, first + wide);
-        decode(k, depth, first, last - first, panels);
-        for (int64_t m = 0, here; m < M; m += here) {
-          here = Gemm::rows_of_next(M - m);
-          if (!few)
-            for (int64_t i = 0; i < here; ++i) widen(left + (m + i) * K + k, depth, rows + i * strip_ld);
-          for (int64_t j = first; j < last; j += W)
-            Gemm::template tile<strip_ld, 1>(here, depth, rows + (few ? m * strip_ld : 0), panels + (j - first) / W * panel_ld,
-                                             c + m * ld + j - begin, ld, last - j, bias ? bias + j : nullptr, k > 0);
+    // Rows [m_begin, m_end) and columns [n_begin, n_end) of the output.
+    const auto block = [&](int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
+      float* c = sums;
+      int64_t ld = sums_ld;
+      if constexpr (direct) {
+        c = out + m_begin * N + n_begin;
+        ld = N;
+      }
+      for (int64_t k = 0; k == 0 || k < K; k += cut) {
+        const int64_t depth = std::min(cut, K - k);
+        if (few)
+          for (int64_t m = 0; m < M; ++m) widen(left + m * K + k, depth, rows + m * strip_ld);
+        for (int64_t first = n_begin; first < n_end; first += wide) {
+          const int64_t last = std::min(n_end, first + wide);
+          decode(k, depth, first, last - first, panels);
+          for (int64_t m = m_begin, here; m < m_end; m += here) {
+            here = Gemm::rows_of_next(m_end - m);
+            if (!few)
+              for (int64_t i = 0; i < here; ++i) widen(left + (m + i) * K + k, depth, rows + i * strip_ld);
+            for (int64_t j = first; j < last; j += W)
+              Gemm::template tile<strip_ld, 1>(here, depth, rows + (few ? m * strip_ld : 0), panels + (j - first) / W * panel_ld,
+                                               c + (m - m_begin) * ld + j - n_begin, ld, last - j, bias ? bias + j : nullptr, k > 0);
+          }
         }
       }
-    }
-    if constexpr (!direct)
-      for (int64_t m = 0; m < M; ++m) narrow_row(c + m * ld, ld, out + m * N + begin);
+      if constexpr (!direct)
+        for (int64_t m = m_begin; m < m_end; ++m) narrow_row(c + (m - m_begin) * ld, n_end - n_begin, out + m * N + n_begin);
+    };
+    for (int64_t m = 0; m < M; m += rows_at_once)
+      for (int64_t n = begin; n < end; n += columns_at_once) block(m, std::min(M, m + rows_at_once), n, std::min(end, n + columns_at_once));
   });
 }
 

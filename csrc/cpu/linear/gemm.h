@@ -40,11 +40,17 @@ using Scratch = std::unique_ptr<float[], FreeAligned>;
 // Uninitialised floats from a multiple of 64 bytes on.
 inline Scratch scratch(int64_t size) { return Scratch(static_cast<float*>(::operator new[](size * sizeof(float), std::align_val_t(64)))); }
 
-// Floats of this thread from a multiple of 64 bytes on, kept for its next call: fresh memory would cost a page fault every 4 KiB.
+// Floats of this thread from a multiple of 64 bytes on, kept for its next call: fresh memory would cost a page fault every 4 KiB. So
+// `size` must be bounded whatever the number of rows: callers work in strips.
 inline float* workspace(int64_t size) {
   static thread_local Scratch kept;
   static thread_local int64_t kept_size = 0;
-  if (size > kept_size) kept = scratch(kept_size = size);
+  if (size > kept_size) {
+    kept.reset();
+    kept_size = 0;  // noted before what may throw: the next call must not take memory for there that is not
+    kept = scratch(size);
+    kept_size = size;
+  }
   return kept.get();
 }
 

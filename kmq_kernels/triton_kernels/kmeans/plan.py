@@ -286,15 +286,19 @@ def kmeans(
     """Clusters matrices (rows, cols) of fp32, bf16 or fp16; group_rows rows share a problem, G for each matrix.
 
     Returns, for each matrix, labels (packed, or (rows, cols) uint8), centroids (G, K) fp32, inertia, iterations and bound (G,),
-    and a fault: 0, or why its other results mean nothing (see fault_of). Matrices alike in dtype, number of centroids, use of
-    weights and size of problems share their launches. Asks the host once, at the end.
+    and a fault: 0, or why its other results mean nothing (see fault_of), also where a problem has more than MOST_VALUES values,
+    for which the counters of a histogram have no bits. Matrices alike in dtype, number of centroids, use of weights and size of
+    problems share their launches. Asks the host once, at the end.
     """
     classes: dict[tuple[torch.dtype, int, bool, bool], list[int]] = {}
-    for i, matrix in enumerate(values):
-        small = min(group_rows[i], len(matrix)) * matrix.shape[1] <= SMALL
-        classes.setdefault((matrix.dtype, num_centroids[i], sample_weight[i] is not None, small), []).append(i)
     out: list[list[Tensor]] = [[] for _ in values]
     faults = [0] * len(values)
+    for i, matrix in enumerate(values):
+        size = min(group_rows[i], len(matrix)) * matrix.shape[1]
+        if size > MOST_VALUES:
+            out[i], faults[i] = [matrix] * 5, UNRESOLVED_FAULT
+            continue
+        classes.setdefault((matrix.dtype, num_centroids[i], sample_weight[i] is not None, size <= SMALL), []).append(i)
     plans = []
     for (_, count, weighted, small), members in classes.items():
         weights = [sample_weight[i].float().contiguous() for i in members] if weighted else None  # type: ignore[union-attr]

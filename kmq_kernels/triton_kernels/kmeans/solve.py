@@ -456,6 +456,12 @@ def of_sort_key(key):
 
 
 @triton.jit
+def middle_of(above, below):
+    """(above + below) / 2 in fp32, whose sum may be too large for fp32."""
+    return ((above.to(tl.float64) + below.to(tl.float64)) / 2).to(tl.float32)
+
+
+@triton.jit
 def write_centroids(
     c_ptr, y_ptr, w_ptr, centroids_ptr, pivots_ptr, unit_ptr, doubt_ptr, check_ptr, unit, per_unit, n, K, many, exact,
     LEVELS: tl.constexpr,
@@ -478,15 +484,15 @@ def write_centroids(
         m = ((2 * node + 1) << (LEVELS - 1 - level)) - 1
         real = m < K - 1
         above = tl.load(centroids_ptr + m + 1, mask=real, other=0.0)
-        pivot = (above + tl.load(centroids_ptr + m, mask=real, other=0.0)) / 2
+        pivot = middle_of(above, tl.load(centroids_ptr + m, mask=real, other=0.0))
         tl.store(pivots_ptr + (1 << level) + node, tl.where(real, pivot, float("nan")))
     if many:
         c = tl.load(centroids_ptr + k, mask=k < K, other=0.0)
         after = tl.load(centroids_ptr + k + 1, mask=k < K - 1, other=0.0)
         before = tl.load(centroids_ptr + k - 1, mask=(k > 0) & (k < K), other=0.0)
         guess = tl.zeros((KP,), tl.int32)
-        begin = tl.where(k == 0, 0, count_until(y_ptr, n, ((c + before) / 2).to(tl.float64) * per_unit, guess))
-        end = tl.where(k < K - 1, count_until(y_ptr, n, ((after + c) / 2).to(tl.float64) * per_unit, guess), n)
+        begin = tl.where(k == 0, 0, count_until(y_ptr, n, middle_of(c, before).to(tl.float64) * per_unit, guess))
+        end = tl.where(k < K - 1, count_until(y_ptr, n, middle_of(after, c).to(tl.float64) * per_unit, guess), n)
         if exact == 0:  # the values of the bins at either end may lie on the other side
             begin, end = tl.minimum(begin + 1, n), tl.maximum(end - 1, 0)
         held = (end > begin) & (tl.load(w_ptr + end) > tl.load(w_ptr + begin))
