@@ -146,9 +146,9 @@ def kmeans(
 
     Returns a KMeansResult, a list of them for a list. The centroids ascend; assignments are searchsorted((c[1:] + c[:-1]) / 2,
     values) in their dtype (the sum wider where it overflows), a tie goes to the lower index. With fewer distinct values than K,
-    these values are the first centroids and the largest is repeated; with at least K, no cluster is empty (unless K of them are so
-    close that a midpoint cannot lie between two in fp32). Raises ValueError for NaN, Inf, an empty tensor, or weights that are negative or all zero;
-    TypeError for other dtypes.
+    these values are the first centroids and the largest is repeated; with at least K, no cluster is empty (unless K of them are
+    so close that a midpoint cannot lie between two in fp32). Raises ValueError for NaN, Inf, an empty tensor, or weights that are
+    negative or all zero; TypeError for other dtypes.
     """
     options = check_options(algorithm, init, max_iter, tol, seed)
     single = isinstance(values, Tensor)

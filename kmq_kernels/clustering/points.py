@@ -39,86 +39,64 @@ def _power_of_two(size: float) -> float:
     return math.ldexp(1.0, min(max(math.frexp(size)[1], -1000), 1000))
 
 
-class _Frame(NamedTuple):
-    """What is taken off the positions and out of the units of a problem: all that follows is on points near zero and of size 1.
+class Moments(NamedTuple):
+    """Weight, mean and squared error of sets of points; `rest` is what the mean lacks: of values far from zero for their spread,
+    fp64 holds the values, but not their means."""
 
-    A mean of 1e12 would hide a spread of 1, squares of 1e200 or of 1e-200 are no floats. The units are powers of two.
-    """
+    weight: Array
+    mean: Array
+    rest: Array
+    error: Array
 
-    origin: float
-    unit: float
-    weight: float
+    def at(self, places: Array) -> "Moments":
+        return Moments(*(part[places] for part in self))
 
-    @classmethod
-    def of(cls, x: Array, w: Array) -> "_Frame":
-        # The middle one by weight: next to it positions are exact. Halves, because the range of fp64 values may be none.
-        grown = np.cumsum(w / w.max())
-        origin = float(x[np.searchsorted(grown, grown[-1] / 2)])
-        reach = max(float(x[-1] / 2 - origin / 2), float(origin / 2 - x[0] / 2))
-        return cls(origin, _power_of_two(2 * reach), _power_of_two(float(w.max())))
-
-    def points(self, x: Array, w: Array) -> tuple[Array, Array]:
-        """Weights that vanish next to others stay above zero."""
-        return x / self.unit - self.origin / self.unit, np.maximum(w / self.weight, 2.0**-1000)
-
-    def positions(self, x: Array) -> Array:
-        return self.origin + x * self.unit if self.unit <= 2.0**900 else (self.origin / self.unit + x) * self.unit
-
-    def cost(self, cost: float) -> float:
-        return cost * self.weight * self.unit * self.unit
+    def joined(self, other: "Moments") -> "Moments":
+        """Those of both sets: only numbers that are not negative are added, so nothing cancels (Chan, Golub and LeVeque 1979)."""
+        weight, more = self.weight + other.weight, other.weight > self.weight
+        share, step = np.minimum(self.weight, other.weight) / weight, (other.mean - self.mean) + (other.rest - self.rest)
+        near, near_rest = np.where(more, other.mean, self.mean), np.where(more, other.rest, self.rest)  # the heavier one's
+        mean, rest = _sum(near, near_rest + np.where(more, -step, step) * share)
+        error = self.error + other.error + step * step * (np.maximum(self.weight, other.weight) * share)
+        return Moments(weight, mean, rest, error)
 
 
-Moments = tuple[Array, Array, Array]  # weight, mean and squared error of sets of points
-
-
-def _join(a: Moments, b: Moments) -> Moments:
-    """Those of both sets: only numbers that are not negative are added, so nothing cancels (Chan, Golub and LeVeque 1979)."""
-    weight = a[0] + b[0]
-    share, step = b[0] / weight, b[1] - a[1]
-    return weight, a[1] + step * share, a[2] + b[2] + step * step * (a[0] * share)
+def _sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """a + b, and what rounding took from it (Knuth)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
 
 
 class _Costs:
-    """Squared error of points [i, j) around their mean, up to the error inside the points.
+    """Squared error of points [i, j) around their mean, up to the error inside the points, of positions mean + rest.
 
     For each bit in which the numbers of an interval's first and last point can first differ, every point knows the run from it
     to the border between their halves: two runs, one join.
     """
 
-    def __init__(self, x: Array, w: Array) -> None:
-        n = len(x)
-        place = np.arange(n)
-        left: Moments = (w.copy(), x.copy(), np.zeros(n))  # of a run of 2**bit points up to this one
-        right: Moments = (w.copy(), x.copy(), np.zeros(n))  # and from this one on
-        bits = max(n - 1, 1).bit_length()
-        self.n = n
-        self.table: Moments = np.empty(bits * n), np.empty(bits * n), np.empty(bits * n)  # at bit * n + place
+    def __init__(self, mean: Array, rest: Array, w: Array) -> None:
+        n = self.n = len(mean)
+        place, bits = np.arange(n), max(n - 1, 1).bit_length()
+        points = Moments(w, mean, rest, np.zeros(n))
+        left, right = Moments(*map(np.copy, points)), Moments(*map(np.copy, points))  # of a run up to this point, and from it on
+        self.runs = Moments(*(np.empty(bits * n) for _ in points))  # at bit * n + place
         for bit in range(bits):
-            size, upper = 1 << bit, (place >> bit & 1) == 1
-            for part, a, b in zip(self.table, left, right, strict=True):
+            upper = (place >> bit & 1) == 1
+            for part, a, b in zip(self.runs, left, right, strict=True):
                 part[bit * n : (bit + 1) * n] = np.where(upper, a, b)
-            up = np.flatnonzero(upper)
-            border = up >> bit << bit
-            down = np.flatnonzero(~upper)
-            after = (down >> bit << bit) + size
+            up, down = np.flatnonzero(upper), np.flatnonzero(~upper)
+            border, after = up >> bit << bit, (down >> bit << bit) + (1 << bit)
             down, after = down[after < n], after[after < n]
-            joined_up = _join(_at(left, border - 1), _at(left, up))
-            joined_down = _join(_at(right, down), _at(right, after))
-            for part, new_up in zip(left, joined_up, strict=True):
-                part[up] = new_up
-            for part, new_down in zip(right, joined_down, strict=True):
-                part[down] = new_down
+            joined_up, joined_down = left.at(border - 1).joined(left.at(up)), right.at(down).joined(right.at(after))
+            for k in range(len(points)):
+                left[k][up], right[k][down] = joined_up[k], joined_down[k]
 
     def __call__(self, i: Array, j: Array) -> Array:
         last = j - 1
-        row = np.frexp((i ^ last).astype(np.float64))[1].astype(np.int64) - 1
-        row = np.maximum(row, 0) * self.n
-        both = _join(_at(self.table, row + i), _at(self.table, row + last))
-        return np.where(i == last, 0.0, both[2])
-
-
-def _at(moments: Moments, places: Array) -> Moments:
-    return moments[0][places], moments[1][places], moments[2][places]
+        bit = np.frexp((i ^ last).astype(np.float64))[1].astype(np.int64) - 1
+        row = np.maximum(bit, 0) * self.n
+        return np.where(i == last, 0.0, self.runs.at(row + i).joined(self.runs.at(row + last)).error)
 
 
 def _optimal_edges(costs: _Costs, num_points: int, num_centroids: int) -> tuple[Array, float]:
@@ -179,10 +157,15 @@ def _cells(x: Array, w: Array, count: int) -> Array:
 
 
 def _means(x: Array, w: Array, edges: Array) -> Array:
-    """Means of the intervals between edges, each counted from its first point: nothing of it is lost next to other intervals."""
-    first, begin = x[edges[:-1]], edges[:-1]
-    off = x - np.repeat(first, np.diff(edges))
-    return first + np.add.reduceat(w * off, begin) / np.add.reduceat(w, begin)
+    return sum(_means_and_rest(x, w, edges))  # type: ignore[return-value]
+
+
+def _means_and_rest(x: Array, w: Array, edges: Array) -> tuple[Array, Array]:
+    """Means of the intervals between edges, each counted from its heaviest point: nothing is lost next to others far away."""
+    begin, length = edges[:-1], np.diff(edges)
+    heaviest = w == np.repeat(np.maximum.reduceat(w, begin), length)
+    near = np.maximum.reduceat(np.where(heaviest, x, -np.inf), begin)
+    return _sum(near, np.add.reduceat(w * (x - np.repeat(near, length)), begin) / np.add.reduceat(w, begin))
 
 
 def _initial(x: Array, w: Array, num_centroids: int, init: str, seed: int) -> Array:
@@ -250,26 +233,27 @@ def _fill_empty(x: Array, w: Array, edges: Array) -> Array:
 def solve_points(x: Array, w: Array, num_centroids: int, options: Options) -> _Solution:
     if len(x) <= num_centroids:
         return _Solution(np.concatenate([x, np.full(num_centroids - len(x), x[-1])]), 0, 0.0)
-    frame = _Frame.of(x, w)
-    centroids, n_iter, lower_bound = _solve_near_zero(*frame.points(x, w), num_centroids, options)
-    centroids = np.clip(frame.positions(centroids), x[0], x[-1])
-    return _Solution(centroids, n_iter, frame.cost(lower_bound))
+    # In units near their size: squares of 1e200 or 1e-200 are no floats. Weights that vanish next to others stay above zero.
+    unit, weight_unit = _power_of_two(max(abs(float(x[0])), abs(float(x[-1])))), _power_of_two(float(w.max()))
+    solution = _solve_scaled(x / unit, np.maximum(w / weight_unit, 2.0**-1000), num_centroids, options)
+    centroids = np.clip(solution.centroids * unit, x[0], x[-1])
+    return _Solution(centroids, solution.n_iter, solution.lower_bound * weight_unit * unit * unit)
 
 
-def _solve_near_zero(x: Array, w: Array, num_centroids: int, options: Options) -> _Solution:
+def _solve_scaled(x: Array, w: Array, num_centroids: int, options: Options) -> _Solution:
     if options.algorithm == "lloyd":
         start = _initial(x, w, num_centroids, options.init, options.seed)
         centroids, n_iter = _lloyd(x, w, start, options.max_iter, options.tol)
         return _Solution(centroids, n_iter, math.nan)
     count = min(max(32 * num_centroids, 1024), 4096)
     cells = np.arange(len(x) + 1) if options.algorithm == "exact" or len(x) <= 2 * count else _cells(x, w, count)
-    cell_w, cell_x = np.add.reduceat(w, cells[:-1]), _means(x, w, cells)
-    edges, cost = _optimal_edges(_Costs(cell_x, cell_w), len(cell_x), num_centroids)
+    cell_w, (cell_x, cell_rest) = np.add.reduceat(w, cells[:-1]), _means_and_rest(x, w, cells)
+    edges, cost = _optimal_edges(_Costs(cell_x, cell_rest, cell_w), len(cell_x), num_centroids)
     centroids = _means(x, w, cells[edges])
     if len(cells) == len(x) + 1:
         return _Solution(centroids, 0, cost)
     owner = np.repeat(np.arange(len(cell_x)), np.diff(cells))
-    inside = np.bincount(owner, weights=w * (x - cell_x[owner]) ** 2)
+    inside = np.bincount(owner, weights=w * ((x - cell_x[owner]) - cell_rest[owner]) ** 2)
     centroids, n_iter = _lloyd(x, w, centroids, options.max_iter, 0.0)
     return _Solution(centroids, n_iter, _lower_bound(cost, inside, num_centroids))
 

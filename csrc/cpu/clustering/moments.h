@@ -16,8 +16,10 @@ struct Points;
 struct Moment { double weight, mean, error; };
 
 inline Moment join(const Moment& a, const Moment& b) {
-  const double weight = a.weight + b.weight, share = b.weight / weight, step = b.mean - a.mean;
-  return {weight, a.mean + step * share, a.error + b.error + step * step * (a.weight * share)};
+  const bool more = b.weight > a.weight;  // the mean is counted from that of the heavier one
+  const Moment &near = more ? b : a, &far = more ? a : b;
+  const double weight = a.weight + b.weight, share = far.weight / weight, step = far.mean - near.mean;
+  return {weight, near.mean + step * share, a.error + b.error + step * step * (near.weight * share)};
 }
 
 class Moments {
