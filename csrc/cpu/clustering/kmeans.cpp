@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t kRun = 32;       // small problems of one task
 constexpr int kZoomed = 64;        // centroids; with more of them, values near an edge are a large part of all
+constexpr double kBlurred = 4;     // a bound above which the bins of the histogram hide what counts, as where small values weigh most
 constexpr int kMostGathers = 4;    // of one problem; one is nearly always enough
 constexpr int64_t kPiece = 65536;  // values labelled by one task, whose errors are summed as one
 
@@ -211,6 +212,12 @@ class Schedule {
     large.fault = large.histogram->points(scratch, large.points);
     if (large.fault != KmeansFault::none) return begin_labels(large);
     solve(large.points, large.problem.matrix->num_centroids, options_, scratch, large.solution);
+    if (!large.points.spread.empty() && kBlurred * large.solution.lower_bound < large.solution.cost) {
+      large.histogram.reset();
+      large.points = {};
+      large.fault = solve_sorted(large.problem, options_, scratch, large.lower_bound);
+      return begin_labels(large);
+    }
     zoom_in(large, scratch);
   }
 

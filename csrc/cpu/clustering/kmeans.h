@@ -83,6 +83,7 @@ struct Solution {
   Edges edges;                     // points that made each centroid; empty where the points did not suffice
   int64_t n_iter = 0;
   double lower_bound = 0;          // of the optimum; negative where none is known
+  double cost = 0;                 // of the best partition of the points
 };
 
 // What similar problems tell the next one: the ratio of prices found to prices guessed, and the slope of best_partition.

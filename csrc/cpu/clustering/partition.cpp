@@ -419,13 +419,14 @@ void Sums::pad() {
 
 BestPrice best_partition(const Sums& sums, int64_t count, double price, double slope, PartitionScratch& scratch, Edges& edges) {
   constexpr int64_t kSteps = 2;  // cost less than another price
+  constexpr int kGuesses = 12, kProbes = 48;  // where guesses do not close in, costs may span many decades: then the middle one is tried
   const Kernels kernels = kernels_of(sums);
   for (std::vector<double>& gain : scratch.gain) gain.resize(sums.n + 1 + Sums::kPad);
   double low = 0, high = kInfinity;  // prices that give too many and too few intervals
   int64_t nearest = std::numeric_limits<int64_t>::max();
   BestPrice best{price, 0};
   double stride = 1.0 / double(count);
-  for (int probe = 0; probe < 20 && nearest > kSteps; ++probe) {
+  for (int probe = 0; probe < kProbes && nearest > kSteps; ++probe) {
     Edges& tried = scratch.tried;
     const double cost = priced_edges(kernels, sums, price, scratch, tried);
     const int64_t found = static_cast<int64_t>(tried.size()) - 1;
@@ -436,7 +437,7 @@ BestPrice best_partition(const Sums& sums, int64_t count, double price, double s
     }
     (found > count ? low : high) = price;
     const double ratio = double(found) / double(count), next = slope * cost / double(found) * (ratio * ratio * ratio);
-    if (low > 0 && std::isfinite(high)) price = next > 1.01 * low && next < 0.99 * high ? next : std::sqrt(low) * std::sqrt(high);
+    if (low > 0 && std::isfinite(high)) price = probe < kGuesses && next > 1.01 * low && next < 0.99 * high ? next : std::sqrt(low) * std::sqrt(high);
     else price = found > count ? std::max(next, price * (1 + stride)) : std::min(next, price / (1 + stride));
     stride *= 2;
     if (!(price > low && price < high)) break;

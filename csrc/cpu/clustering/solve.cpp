@@ -265,9 +265,8 @@ void polish(const Sums& sums, const Edges& cells, const Edges& cell_edges, Parti
   }
 }
 
-// The best partition, on scratch.sums of the points; where these do not suffice for all of them, over cells and then polished.
-// Returns its cost, from the sums.
-double best(const Points& points, int num_centroids, const KmeansOptions& options, Scratch& scratch, Solution& out) {
+// The best partition, on scratch.sums of the points; of many points, over cells and then polished.
+void best(const Points& points, int num_centroids, const KmeansOptions& options, Scratch& scratch, Solution& out) {
   const int64_t n = points.size(), K = num_centroids;
   const Sums& sums = scratch.sums;
   out.centroids.clear();
@@ -292,7 +291,8 @@ double best(const Points& points, int num_centroids, const KmeansOptions& option
       scratch.known.slope += 0.25 * (best.price * double(K) / cost - scratch.known.slope);
       scratch.known.price_ratio += 0.25 * (scratch.known.slope * cost / double(K) / guess - scratch.known.price_ratio);
     }
-    return cost;
+    out.cost = cost;
+    return;
   }
   if (every_point) {
     cells.resize(n + 1);
@@ -316,7 +316,7 @@ double best(const Points& points, int num_centroids, const KmeansOptions& option
   for (int64_t k = 0; k < K; ++k) out.centroids.push_back(mean_of(points, sums, out.edges[k], out.edges[k + 1]));
   out.lower_bound = lower_bound(cost - within, sums.rounding, inside, spread, points.blur, sums.weight(0, n), num_centroids);
   lloyd(points, sums, options, 0.0, out);
-  return cost;
+  out.cost = cost;
 }
 
 }  // namespace
@@ -340,7 +340,8 @@ void solve(const Points& points, int num_centroids, const KmeansOptions& options
     out.lower_bound = -1;
     return;
   }
-  if (sums.resolve(best(points, num_centroids, options, scratch, out))) return;
+  best(points, num_centroids, options, scratch, out);
+  if (sums.resolve(out.cost)) return;
   scratch.moments.set(points);
   sums.use(scratch.moments);
   best(points, num_centroids, options, scratch, out);
