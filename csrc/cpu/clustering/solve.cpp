@@ -340,8 +340,11 @@ void solve(const Points& points, int num_centroids, const KmeansOptions& options
     out.lower_bound = -1;
     return;
   }
-  best(points, num_centroids, options, scratch, out);
-  if (sums.resolve(out.cost)) return;
+  // About what K clusters of an even density cost. Where not even that is resolved, the partition would be one of rounding errors.
+  if (sums.resolve(1e4 * (sums.wxx[n] - sums.wxx[0]) / double(K * K))) {
+    best(points, num_centroids, options, scratch, out);
+    if (sums.resolve(out.cost)) return;
+  }
   scratch.moments.set(points);
   sums.use(scratch.moments);
   best(points, num_centroids, options, scratch, out);
