@@ -13,7 +13,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation, into site/; a warning is an error"
 	@echo "make wheel      a manylinux wheel, built from the sdist, into dist/; prints its size and tag"
-	@echo "make sanitize   the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on random input"
+	@echo "make sanitize   the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: random input, failed allocations"
 	@echo "make bench      the CPU benchmarks"
 	@echo "make gpu        on a CUDA machine, in the current environment: build, tests marked gpu, benchmarks, result file"
 
@@ -40,11 +40,20 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type
 demo: $(VENV)/built
 	$(BIN)/kmq run minilm --task banking77 --bits 4 --bits 3 --bits 2 --scheme kmeans --scheme linear -o $(DEMO_OUT)
 
-sanitize:
-	mkdir -p build
-	for driver in tests/sanitize/*.cpp; do \
-	  $(CXX) -std=c++20 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc -o build/sanitize \
-	    $$driver $$(find csrc/cpu -name "*.cpp") && build/sanitize && KMQ_CPU_PATH=avx2 build/sanitize && KMQ_CPU_PATH=scalar build/sanitize || exit 1; done
+SANITIZE := -std=c++20 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
+SANITIZED := $(patsubst csrc/%.cpp,build/sanitize/%.o,$(shell find csrc/cpu -name "*.cpp"))
+SANITIZERS := $(patsubst tests/sanitize/%.cpp,build/sanitize/%,$(wildcard tests/sanitize/*.cpp))
+
+build/sanitize/%.o: csrc/%.cpp $(shell find csrc -name "*.h")
+	mkdir -p $(@D)
+	$(CXX) $(SANITIZE) -c -o $@ $<
+
+build/sanitize/%: tests/sanitize/%.cpp tests/sanitize/driver.h $(SANITIZED)
+	$(CXX) $(SANITIZE) -o $@ $< $(SANITIZED) -pthread
+
+# A driver says so where the processor lacks a path.
+sanitize: $(SANITIZERS)
+	for driver in $(SANITIZERS); do for path in avx512 avx2 scalar; do KMQ_CPU_PATH=$$path $$driver || exit 1; done; done
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Brute force in float64, independent of the package: what the tests compare with."""
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -46,6 +47,27 @@ def kmeans_optimum(values, num_centroids, weight=None):
             cost = second[j] - second[before] - sums * sums / (total[j] - total[before])
             layer[j] = np.min(best[:j] + cost)
         best = layer
+    return float(best[n])
+
+
+def kmeans_optimum_in_fractions(values, num_centroids, weight):
+    """The same for a few values and weights of any size: costs are exact, and rounded once."""
+    x, w = (part.tolist() for part in distinct(values, weight))
+    n = len(x)
+    if n <= num_centroids:
+        return 0.0
+    total, first, second = [Fraction(0)], [Fraction(0)], [Fraction(0)]
+    for value, mass in zip(map(Fraction, x), map(Fraction, w), strict=True):
+        total.append(total[-1] + mass)
+        first.append(first[-1] + mass * value)
+        second.append(second[-1] + mass * value * value)
+    cost = np.full((n + 1, n + 1), np.inf)
+    for i, j in itertools.combinations(range(n + 1), 2):
+        cost[i, j] = second[j] - second[i] - (first[j] - first[i]) ** 2 / (total[j] - total[i])
+    best = np.full(n + 1, np.inf)
+    best[0] = 0.0
+    for _ in range(num_centroids):
+        best = np.min(best[:, None] + cost, axis=0)
     return float(best[n])
 
 
