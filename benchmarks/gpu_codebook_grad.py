@@ -1,13 +1,12 @@
 """codebook_grad on a CUDA device in percent of the bandwidth of a copy, and the form fused into the weight-gradient GEMM beside
 that GEMM in cuBLAS; run by `make gpu`, or alone:
 
-    python -m benchmarks.gpu_codebook_grad          # prints a line for each figure, and the rows as JSON at the end
+    python -m benchmarks.gpu_codebook_grad          # all shapes; prints a line and a row for each figure
 
 Results are checked before anything is timed, and must repeat bit for bit. One timing is the replay of a CUDA graph over a ring of
 inputs larger than twice the L2 cache; contenders stand in one loop in shuffled order.
 """
 
-import json
 import math
 import random
 import sys
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import kmq_kernels as kmq
 from benchmarks.gpu_codebook_linear import L2_ON_A_CPU, bandwidth, compared, replayable
+from benchmarks.gpu_steps import emit
 from benchmarks.shapes import BERT_BASE, BERT_BASE_LINEARS
 
 BITS = (2, 3, 4, 8)
@@ -62,7 +62,7 @@ def grad_rows(
                 del figures["times_as_fast_as_cublas"]  # no such thing here
                 percent = 100 * moved[name] / (figures["us"] / 1e6) / copied
                 row = {"op": "codebook_grad", "name": name, "error": errors[name], **figures}
-                rows.append({**row, "percent_of_copy_bandwidth": percent})
+                rows.append(emit({**row, "percent_of_copy_bandwidth": percent}))
                 print(f"codebook_grad {name:32} {row['us']:9.1f} us   {percent:5.1f} % of the bandwidth of a copy", flush=True)
     return rows
 
@@ -92,8 +92,8 @@ def linear_grad_rows(
                 runs[name] = replayable(calls, device)
             for name, figures in compared(runs, "cuBLAS", length, repeats, device).items():
                 slower = 1 / figures["times_as_fast_as_cublas"]
-                rows.append({"op": "codebook_linear_grad", "OUT": OUT, "IN": IN, "M": M, "dtype": str(dtype), "name": name,
-                             "error": errors[name], "times_cublas": slower, **figures})  # fmt: skip
+                row = {"op": "codebook_linear_grad", "OUT": OUT, "IN": IN, "M": M, "dtype": str(dtype), "name": name}
+                rows.append(emit({**row, "error": errors[name], "times_cublas": slower, **figures}))
                 what = f"codebook_linear_grad {OUT}x{IN} M={M} {dtype} {name:12}"
                 print(f"{what} {figures['us']:9.1f} us   {slower:5.2f} of cuBLAS", flush=True)
     return rows
@@ -113,4 +113,4 @@ def rows() -> list[dict[str, Any]]:
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("gpu_codebook_grad: torch finds no CUDA device here")
-    print(json.dumps(rows()))
+    rows()

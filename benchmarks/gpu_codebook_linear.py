@@ -1,6 +1,6 @@
 """codebook_linear on a CUDA device against cuBLAS and the 4-bit kernels of other packages; run by `make gpu`, or alone:
 
-    python -m benchmarks.gpu_codebook_linear          # prints a line for each figure, and the rows as JSON at the end
+    python -m benchmarks.gpu_codebook_linear          # all shapes, M and widths; prints a line and a row for each figure
 
 All contenders stand in one loop: a repeat times each of them once, in shuffled order, and a ratio is the median over repeats of
 (time of cuBLAS) / (time of the contender) in the same repeat. One timing is the replay of a CUDA graph that calls every layer of
@@ -11,7 +11,6 @@ is timed.
 
 import contextlib
 import importlib.metadata
-import json
 import math
 import random
 import statistics
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kmq_kernels as kmq
+from benchmarks.gpu_steps import emit
 from benchmarks.shapes import GPU_LINEAR_M, GPU_LINEARS
 from kmq_kernels import ops
 
@@ -164,8 +164,15 @@ def bandwidth(device: torch.device, numel: int = 2**29) -> float:
 
 
 def linear_rows(
-    device: torch.device, shapes: list[tuple[int, int]], sizes: list[int], widths: list[int], repeats: int, dtype: torch.dtype
+    device: torch.device,
+    shapes: list[tuple[int, int]],
+    sizes: list[int],
+    widths: list[int],
+    repeats: int,
+    dtype: torch.dtype,
+    peers: tuple[Any, ...] = PEERS,
 ) -> list[dict[str, Any]]:
+    """Rows for all shapes, sizes M and widths beside cuBLAS and peers, each emitted as soon as it is measured."""
     rows = []
     measured = bandwidth(device) if device.type == "cuda" else bandwidth(device, 2**20)
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else L2_ON_A_CPU
@@ -176,7 +183,7 @@ def linear_rows(
         for bits in widths:
             layers, dense = ours(bits, weights)
             contenders |= {name: (ring, dense, OUT * IN * bits // 8) for name, ring in layers.items()}
-        for peer in PEERS:
+        for peer in peers:
             try:
                 layers, dense = peer(weights)
                 for ring in layers.values():
@@ -199,7 +206,7 @@ def linear_rows(
                 moved = contenders[name][2] + (M * IN + M * OUT) * 2
                 row = {"OUT": OUT, "IN": IN, "M": M, "name": name, "layers": length, "error": errors[name], **figures}
                 row["percent_of_bandwidth"] = 100 * moved / (figures["us"] / 1e6) / measured
-                rows.append(row)
+                rows.append(emit(row))
                 print(
                     f"{OUT}x{IN} M={M:<4} {name:32} {row['us']:9.2f} us  {row['percent_of_bandwidth']:5.1f} % of bandwidth"
                     f"  {row['times_as_fast_as_cublas']:5.2f}x cuBLAS  error {row['error']:.1e}",
@@ -238,7 +245,7 @@ def ahead_rows(
                 name: replayable([run_ahead], device),
             }
             for contender, figures in compared(runs, "cuBLAS", length, repeats, device).items():
-                rows.append({"OUT": OUT, "IN": IN, "M": M, "chain": length, "name": contender, **figures})
+                rows.append(emit({"OUT": OUT, "IN": IN, "M": M, "chain": length, "name": contender, **figures}))
                 ratio = figures["times_as_fast_as_cublas"]
                 print(f"chain of {length} {OUT}x{IN} M={M}: {contender:26} {figures['us']:9.1f} us  {ratio:5.2f}x", flush=True)
     return rows
@@ -266,7 +273,7 @@ def encoder_rows(device: torch.device, batches: list[int], length: int, repeats:
         with block:
             runs["kmq 4 bits, decoded ahead"] = replayable([partial(packed.encoder, hidden)], device)
         for name, figures in compared(runs, "cuBLAS", 1, repeats, device).items():
-            rows.append({"encoder": "BERT", "batch": batch, "length": length, "name": name, **figures})
+            rows.append(emit({"encoder": "BERT", "batch": batch, "length": length, "name": name, **figures}))
             ratio = figures["times_as_fast_as_cublas"]
             print(f"encoder, batch {batch}: {name:26} {figures['us']:9.1f} us  {ratio:5.2f}x", flush=True)
     return rows
@@ -287,4 +294,4 @@ def rows() -> list[dict[str, Any]]:
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("gpu_codebook_linear: torch finds no CUDA device here")
-    print(json.dumps(rows()))
+    rows()

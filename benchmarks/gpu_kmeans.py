@@ -1,12 +1,13 @@
 """The clustering part of `make gpu`: whole models, `assign` and the fused step, checked and then timed on a CUDA device.
 
-`rows` returns entries for the result file. Times are medians of CUDA events, with the second-level cache flushed before each. A
+Rows are emitted for the result file as they are measured. Times are medians of CUDA events, with the second-level cache flushed before each. A
 model is its shapes filled with Student-t values. The floor of a model is two passes at the bandwidth of a copy measured in the
 same run: 9 bytes a value for fp32 (read twice, one byte written).
 """
 
 import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import kmq_kernels as kmq
+from benchmarks.gpu_steps import emit
 from benchmarks.shapes import BERT_BASE, BERT_LARGE, SEVEN_B
 from kmq_kernels.triton_kernels.assign import assign
 from kmq_kernels.triton_kernels.kmeans import Plan
@@ -143,7 +145,7 @@ def whole_model(
             launch()
         row["graph_seconds"] = clock.seconds(graph.replay)
         row["graph_times_the_floor"] = row["graph_seconds"] / floor
-    return row, values
+    return emit(row), values
 
 
 def assign_rows(clock: Clock, bandwidth: float, numel: int) -> list[Row]:
@@ -158,10 +160,8 @@ def assign_rows(clock: Clock, bandwidth: float, numel: int) -> list[Row]:
                 raise AssertionError(f"assign, K = {num_centroids}, {dtype}: wrong labels")
             seconds = clock.seconds(lambda values=values, centroids=centroids: assign(values, centroids))
             share = numel * (values.element_size() + 1) / seconds / bandwidth
-            rows.append(
-                {"what": "assign", "dtype": str(dtype), "num_centroids": num_centroids, "values": numel, "seconds": seconds,
-                 "percent_of_copy_bandwidth": 100 * share}
-            )  # fmt: skip
+            row = {"what": "assign", "dtype": str(dtype), "num_centroids": num_centroids, "values": numel, "seconds": seconds}
+            rows.append(emit({**row, "percent_of_copy_bandwidth": 100 * share}))
     return rows
 
 
@@ -183,10 +183,8 @@ def step_rows(clock: Clock, bandwidth: float, numel: int) -> list[Row]:
             raise AssertionError(f"step, K = {num_centroids}: wrong counts")
         seconds = clock.seconds(lambda values=values, centroids=centroids: step(values, centroids))
         share = numel * 5 / seconds / bandwidth
-        rows.append(
-            {"what": "fused step", "num_centroids": num_centroids, "values": numel, "seconds": seconds,
-             "percent_of_copy_bandwidth": 100 * share}
-        )  # fmt: skip
+        row = {"what": "fused step", "num_centroids": num_centroids, "values": numel, "seconds": seconds}
+        rows.append(emit({**row, "percent_of_copy_bandwidth": 100 * share}))
     return rows
 
 
@@ -243,41 +241,66 @@ def peer_rows(values: Tensor, num_centroids: int, clock: Clock, iterations: tupl
     plan.launch()
     ours = {"seconds": clock.seconds(plan.launch), "inertia_over_optimum": inertia_of(values, plan.centroids[0]) / optimum}
     common = {"what": "one matrix", "values": values.numel(), "num_centroids": num_centroids}
-    rows: list[Row] = [{**common, "peer": "kmq", **ours}]
+    rows: list[Row] = [emit({**common, "peer": "kmq", **ours})]
     for peer, (module, run) in PEERS.items():
         if module is not None and importlib.util.find_spec(module) is None:
-            rows.append({**common, "peer": peer, "skipped": "not installed"})
+            rows.append(emit({**common, "peer": peer, "skipped": "not installed"}))
             continue
         for count in iterations:
             try:
                 ratio = inertia_of(values, run(values, start, count)) / optimum
                 seconds = clock.seconds(lambda run=run, count=count: run(values, start, count), repeats=3)
             except Exception as error:  # a peer that fails here must not cost us the other rows
-                rows.append({**common, "peer": peer, "iterations": count, "failed": f"{type(error).__name__}: {error}"[:200]})
+                failed = f"{type(error).__name__}: {error}"[:200]
+                rows.append(emit({**common, "peer": peer, "iterations": count, "failed": failed}))
                 break
             equal = ratio <= 1.001 * ours["inertia_over_optimum"]
             entry = {"iterations": count, "seconds": seconds, "inertia_over_optimum": ratio, "reached_our_inertia": equal}
-            rows.append({**common, "peer": peer, **entry, "times_ours": seconds / ours["seconds"]})
+            rows.append(emit({**common, "peer": peer, **entry, "times_ours": seconds / ours["seconds"]}))
             if equal:
                 break
     return rows
 
 
-def rows(device: str = "cuda", small: bool = False) -> list[Row]:
-    """All entries. `small`: tiny sizes, to try the logic where there is no device."""
-    clock = Clock(device)
+def bandwidth_of(clock: Clock, small: bool) -> float:
+    """That of a copy, emitted as a row."""
     bandwidth = copy_bandwidth(clock, 1 << (10 if small else 28))
-    out: list[Row] = [{"what": "copy", "bytes_per_second": bandwidth}]
+    emit({"what": "copy", "bytes_per_second": bandwidth})
+    return bandwidth
+
+
+def model_rows(clock: Clock, bandwidth: float, small: bool) -> list[Row]:
+    """Whole models, the largest last."""
     if small:
-        row, values = whole_model("tiny", [(24, 130), (3, 70)], 2, clock, bandwidth, torch.float32)
-        passes = assign_rows(clock, bandwidth, 1000) + step_rows(clock, bandwidth, 1000)
-        return [*out, row, *passes, *peer_rows(values[1], 2, clock, (2,))]
-    for num_centroids in (16, 256):
-        row, values = whole_model("BERT-base", BERT_BASE, num_centroids, clock, bandwidth, torch.float32)
-        out += [row, *peer_rows(values[3], num_centroids, clock)]
-    out.append(whole_model("BERT-large", BERT_LARGE, 16, clock, bandwidth, torch.float32)[0])
-    out += assign_rows(clock, bandwidth, 1 << 27) + step_rows(clock, bandwidth, 1 << 27)
+        return [whole_model("tiny", [(24, 130), (3, 70)], 2, clock, bandwidth, torch.float32)[0]]
+    rows = [whole_model("BERT-base", BERT_BASE, 16, clock, bandwidth, torch.float32)[0]]
+    rows.append(whole_model("BERT-large", BERT_LARGE, 16, clock, bandwidth, torch.float32)[0])
     if torch.cuda.mem_get_info()[0] > 40e9:
         torch.cuda.empty_cache()
-        out.append(whole_model("7B", SEVEN_B, 16, clock, bandwidth, torch.bfloat16, checked=1)[0])
+        rows.append(whole_model("7B", SEVEN_B, 16, clock, bandwidth, torch.bfloat16, checked=1)[0])
+    return rows
+
+
+def pass_rows(clock: Clock, bandwidth: float, small: bool) -> list[Row]:
+    """`assign` and the fused step."""
+    numel = 1000 if small else 1 << 27
+    return assign_rows(clock, bandwidth, numel) + step_rows(clock, bandwidth, numel)
+
+
+def rows(device: str = "cuda", small: bool = False) -> list[Row]:
+    """BERT-base at 16 and 256 centroids, and one of its matrices beside the peers. `small`: tiny sizes, to try the logic."""
+    clock = Clock(device)
+    bandwidth = bandwidth_of(clock, small)
+    out: list[Row] = []
+    for num_centroids in (2,) if small else (16, 256):
+        shapes = [(24, 130), (3, 70)] if small else BERT_BASE
+        row, values = whole_model("tiny" if small else "BERT-base", shapes, num_centroids, clock, bandwidth, torch.float32)
+        out += [row, *peer_rows(values[1 if small else 3], num_centroids, clock, (2,) if small else (25, 100, 400))]
     return out
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("gpu_kmeans: torch finds no CUDA device here")
+    with torch.inference_mode():
+        rows()

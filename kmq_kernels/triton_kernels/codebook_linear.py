@@ -41,12 +41,19 @@ class Tile(NamedTuple):
 # Compute capability (the newest that is not newer than the device) -> largest M of a tile. M above the last is for cuBLAS. From
 # counted instructions and bytes, see results/linear_gpu_code.md; `make gpu` times both sides of every limit. (8, 6) and (12, 0)
 # have 99 KB of shared memory for a thread block.
+#
+# (10, 0) has twice Hopper's bytes a clock for each multiprocessor, so more must be under way, and the same ALUs: a decoded weight
+# takes as long as some 180 rows of product, where decoding it for two tiles of input costs more than decoding it once. Its
+# products accumulate in tensor memory, so wide tiles leave registers, and the weight goes to the tensor core by shared memory.
+# (12, 0) has a third of Hopper's bytes and an eighth of its products a clock, without wgmma: a decoded weight costs an eighth of
+# its product with 128 rows, and what decoding first would write and read costs more. Two stages leave room for 8 bits.
 _LITTLE_SHARED = {16: Tile(64, 16, 4, 3, 2), 32: Tile(64, 32, 4, 3, 2), 128: Tile(64, 64, 4, 2, 1)}
 PLANS: dict[tuple[int, int], dict[int, Tile]] = {
     (8, 0): {16: Tile(64, 16, 4, 3, 2), 32: Tile(64, 32, 4, 4, 2), 64: Tile(64, 64, 4, 3, 1), 256: Tile(128, 128, 8, 3, 1)},
     (8, 6): _LITTLE_SHARED,
     (9, 0): {16: Tile(64, 16, 4, 5, 2), 32: Tile(64, 32, 4, 4, 2), 64: Tile(64, 64, 4, 4, 1), 512: Tile(128, 128, 8, 3, 1)},
-    (12, 0): _LITTLE_SHARED,
+    (10, 0): {16: Tile(64, 16, 4, 6, 3), 32: Tile(64, 32, 4, 5, 3), 64: Tile(64, 64, 4, 4, 2), 256: Tile(128, 128, 8, 3, 1)},
+    (12, 0): {16: Tile(64, 16, 4, 4, 2), 32: Tile(64, 32, 4, 3, 2), 64: Tile(64, 64, 4, 3, 1), 512: Tile(128, 128, 8, 2, 1)},
 }
 # fp32 without TF32 runs on the ordinary ALUs, where a decoded weight must be reused little to be worth it.
 PLAN_FP32 = {16: Tile(64, 16, 4, 3, 2)}
@@ -55,7 +62,7 @@ PLAN_INPUT_GRAD_FP32 = {16: Tile(32, 16, 4, 3, 2)}  # more rows of the weight wo
 
 
 @triton.jit
-def _store(acc, out, bias, n, m, OUT, M, piece, HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr):
+def store_transposed(acc, out, bias, n, m, OUT, M, piece, HAS_BIAS: tl.constexpr, PARTIAL: tl.constexpr):
     """Stores acc [n, m] transposed: as a partial sum of `piece` in fp32, or finished."""
     inside = (n[:, None] < OUT) & (m[None, :] < M)
     at = m.to(tl.int64)[None, :] * OUT + n[:, None]
@@ -111,7 +118,7 @@ def linear_kernel(
                 weight = tl.where((start + k < IN)[None, :], weight, 0.0)
                 x = tl.load(input_ptr + start, mask=(start + k < stride)[:, None], other=0.0).to(DTYPE)
                 acc = tl.dot(weight, x, acc, input_precision=PRECISION)
-    _store(acc, out, bias, n, m, OUT, M, piece, HAS_BIAS, PARTIAL)
+    store_transposed(acc, out, bias, n, m, OUT, M, piece, HAS_BIAS, PARTIAL)
 
 
 @triton.jit
@@ -188,7 +195,7 @@ def _tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _pieces(tile: Tile, tiles: int, steps: int, device: torch.device) -> tuple[int, int]:
+def pieces_for(tile: Tile, tiles: int, steps: int, device: torch.device) -> tuple[int, int]:
     """(pieces, steps of each): cuts `steps` steps of the reduction so that `tiles` tiles occupy the device."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     wanted = min(max(tile.splits * processors // max(tiles, 1), 1), max(steps, 1))
@@ -197,13 +204,13 @@ def _pieces(tile: Tile, tiles: int, steps: int, device: torch.device) -> tuple[i
 
 
 @contextlib.contextmanager
-def _launching(tensor: Tensor) -> Iterator[None]:
+def launching(tensor: Tensor) -> Iterator[None]:
     """On the tensor's device, with autocast off: dtypes have been decided."""
     with on_device(tensor), torch.autocast(tensor.device.type, enabled=False):
         yield
 
 
-def _sum_pieces(partial: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def sum_pieces(partial: Tensor, bias: Tensor | None, out: Tensor) -> None:
     tile = 1024
     sum_pieces_kernel[(triton.cdiv(out.numel(), tile),)](
         partial, bias, out, out.numel(), out.shape[1], partial.shape[0], HAS_BIAS=bias is not None, TILE=tile
@@ -218,7 +225,7 @@ def fused_linear(
     OUT, blocks = packed.shape[0], triton.cdiv(IN, BLOCK)
     bits = codebook.shape[1].bit_length() - 1
     grid = triton.cdiv(OUT, tile.weight_rows), triton.cdiv(M, tile.input_rows)
-    pieces, blocks_per_piece = _pieces(tile, grid[0] * grid[1], blocks, x.device)
+    pieces, blocks_per_piece = pieces_for(tile, grid[0] * grid[1], blocks, x.device)
     dtype = kernel_dtype(x.dtype)
     if lookup is None:
         lookup = has_lookup(bits, dtype)
@@ -233,7 +240,7 @@ def fused_linear(
         LOOKUP=lookup, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if pieces > 1:
-        _sum_pieces(to, bias, out)
+        sum_pieces(to, bias, out)
     return out
 
 
@@ -251,7 +258,7 @@ def codebook_linear(input: Tensor, packed: Tensor, codebook: Tensor, bias: Tenso
     x = input.reshape(M, IN).contiguous()
     packed, codebook = aligned(packed), codebook.contiguous()
     bias = None if bias is None else bias.contiguous()
-    with _launching(x):
+    with launching(x):
         tile = plan_for(M, x.dtype, capability(x.device))
         if tile is not None:
             return fused_linear(x, packed, codebook, bias, group_rows, tile).view(*batch, OUT)
@@ -266,7 +273,7 @@ def fused_input_grad(
     M, OUT = grad.shape
     bits = codebook.shape[1].bit_length() - 1
     grid = triton.cdiv(cols, BLOCK), triton.cdiv(M, tile.input_rows)
-    pieces, steps = _pieces(tile, grid[0] * grid[1], triton.cdiv(OUT, tile.weight_rows), grad.device)
+    pieces, steps = pieces_for(tile, grid[0] * grid[1], triton.cdiv(OUT, tile.weight_rows), grad.device)
     dtype = kernel_dtype(grad.dtype)
     if lookup is None:
         lookup = has_lookup(bits, dtype)
@@ -278,7 +285,7 @@ def fused_input_grad(
         DTYPE=dtype, PRECISION="tf32" if _tf32() else "ieee", LOOKUP=lookup, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if pieces > 1:
-        _sum_pieces(to, None, out)
+        sum_pieces(to, None, out)
     return out
 
 
@@ -292,7 +299,7 @@ def codebook_linear_input_grad(grad_output: Tensor, packed: Tensor, codebook: Te
         return codebook_linear_input_grad(grad_output.float(), packed, codebook, cols, group_rows).to(grad_output.dtype)
     grad = grad_output.reshape(M, OUT).contiguous()
     packed, codebook = aligned(packed), codebook.contiguous()
-    with _launching(grad):
+    with launching(grad):
         plan = PLAN_INPUT_GRAD_FP32 if grad.dtype == torch.float32 else PLAN_INPUT_GRAD
         tile = next((tile for limit, tile in plan.items() if limit >= M), None)
         if tile is not None:

@@ -73,7 +73,7 @@ def test_pieces_of_the_reduction_are_added_in_a_fixed_order(bits, device):
 
 def test_pieces_cover_all_steps_once():
     for splits, tiles, steps in [(1, 1, 1), (2, 1, 5), (7, 3, 100), (1000, 1, 13), (1, 1, 0), (5, 0, 4)]:
-        pieces, each = kernels._pieces(Tile(16, 16, 4, 3, splits), tiles, steps, torch.device("cpu"))
+        pieces, each = kernels.pieces_for(Tile(16, 16, 4, 3, splits), tiles, steps, torch.device("cpu"))
         assert pieces * each >= steps > (pieces - 1) * each or (steps == 0 and pieces == 1)
 
 
@@ -173,7 +173,7 @@ def test_plans():
             assert tile.input_rows in (16, 32, 64, 128)
             assert limit >= tile.input_rows
     half, single = torch.float16, torch.float32
-    for capability, largest in [((7, 5), 256), ((8, 0), 256), ((8, 9), 128), ((9, 0), 512), ((10, 0), 512), ((12, 0), 128)]:
+    for capability, largest in [((7, 5), 256), ((8, 0), 256), ((8, 9), 128), ((9, 0), 512), ((10, 0), 256), ((10, 3), 256), ((12, 0), 512)]:
         assert kernels.plan_for(largest, half, capability) is not None
         assert kernels.plan_for(largest + 1, half, capability) is None
         assert kernels.plan_for(17, single, capability) is None
