@@ -69,6 +69,42 @@ def ours(bits: int, weights: list[Tensor]) -> tuple[dict[str, list[Layer]], Tens
     return contenders, first
 
 
+def fp8(bits: int, weights: list[Tensor]) -> tuple[dict[str, list[Layer]], Tensor]:
+    """Our layers in E4M3, with their activations rounded at each call; for devices whose tensor cores take it."""
+    from kmq_kernels.triton_kernels.fp8_linear import fp8_linear, round_codebook
+
+    OUT, IN = weights[0].shape
+    layers: list[Layer] = []
+    first = None
+    for weight in weights:
+        packed = kmq.pack(torch.randint(0, 2**bits, (OUT, IN), dtype=torch.uint8, device=weight.device), bits)
+        codebook = torch.randn(1, 2**bits, device=weight.device).sort().values / 10
+        first = ops.dequantize(packed, codebook, IN) if first is None else first
+        table, scale = round_codebook(codebook)
+        layers.append(lambda x, b, p=packed, t=table, s=scale: fp8_linear(x, p, t, s, b, bits, OUT))
+    assert first is not None
+    return {f"kmq {bits} bits, fp8": layers}, first
+
+
+def scaled_mm(weights: list[Tensor]) -> tuple[dict[str, list[Layer]], Tensor]:
+    """cuBLAS in E4M3: a scale for each row of the weight and of the activations, which are rounded at each call."""
+    layers: list[Layer] = []
+    first = None
+    for weight in weights:
+        scale = weight.abs().amax(1, keepdim=True).float() / 448
+        rounded = (weight.float() / scale).to(torch.float8_e4m3fn)
+        first = rounded.to(weight.dtype) * scale.to(weight.dtype) if first is None else first
+
+        def run(x: Tensor, b: Tensor, w: Tensor = rounded, s: Tensor = scale) -> Tensor:
+            mine = x.abs().amax(1, keepdim=True).float() / 448
+            y = torch._scaled_mm((x.float() / mine).to(torch.float8_e4m3fn), w.T, mine, s.T, out_dtype=torch.bfloat16)
+            return y.to(x.dtype) + b
+
+        layers.append(run)
+    assert first is not None
+    return {"cuBLAS fp8": layers}, first
+
+
 def bitsandbytes(weights: list[Tensor]) -> tuple[dict[str, list[Layer]], Tensor]:
     import bitsandbytes as bnb
 
@@ -94,6 +130,7 @@ def torchao(weights: list[Tensor]) -> tuple[dict[str, list[Layer]], Tensor]:
 
 
 PEERS = (bitsandbytes, torchao)
+FP8_TOLERANCE = 0.06  # of products whose operands have 3 bits of mantissa
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -171,8 +208,10 @@ def linear_rows(
     repeats: int,
     dtype: torch.dtype,
     peers: tuple[Any, ...] = PEERS,
+    in_fp8: bool = False,
 ) -> list[dict[str, Any]]:
-    """Rows for all shapes, sizes M and widths beside cuBLAS and peers, each emitted as soon as it is measured."""
+    """Rows for all shapes, sizes M and widths beside cuBLAS and peers, each emitted as soon as it is measured. in_fp8: ours then
+    compute in E4M3, and cuBLAS, which they are a multiple of, in `dtype` all the same."""
     rows = []
     measured = bandwidth(device) if device.type == "cuda" else bandwidth(device, 2**20)
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else L2_ON_A_CPU
@@ -181,7 +220,7 @@ def linear_rows(
         weights = [torch.randn(OUT, IN, device=device).div_(10).to(dtype) for _ in range(length)]
         contenders = {"cuBLAS": ([lambda x, b, w=w: F.linear(x, w, b) for w in weights], weights[0], OUT * IN * 2)}
         for bits in widths:
-            layers, dense = ours(bits, weights)
+            layers, dense = (fp8 if in_fp8 else ours)(bits, weights)
             contenders |= {name: (ring, dense, OUT * IN * bits // 8) for name, ring in layers.items()}
         for peer in peers:
             try:
@@ -199,7 +238,7 @@ def linear_rows(
             for name, (ring, dense, _) in contenders.items():
                 expected = F.linear(input.double(), dense.double(), bias.double())
                 errors[name] = relative_rms(ring[0](input, bias), expected)
-                if name.startswith("kmq") and not errors[name] <= TOLERANCE[dtype]:
+                if name.startswith("kmq") and not errors[name] <= (FP8_TOLERANCE if in_fp8 else TOLERANCE[dtype]):
                     raise SystemExit(f"{name}, {OUT}x{IN}, M={M}: error {errors[name]:.2e}, not timed")
                 runs[name] = replayable([partial(layer, input, bias) for layer in ring], device)
             for name, figures in compared(runs, "cuBLAS", length, repeats, device).items():

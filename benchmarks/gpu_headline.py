@@ -1,6 +1,6 @@
 """The figures that a stranger asks for first, in the order of their worth; each part is a step of `make gpu`.
 
-    python -m benchmarks.gpu_headline PART            # linear, clustering, passes, gradients or encoder, on a CUDA device
+    python -m benchmarks.gpu_headline PART            # linear, clustering, passes, fp8, gradients or encoder, on a CUDA device
     python -m benchmarks.gpu_headline PART --dry-run  # tiny sizes in Triton's interpreter: the logic, on the CPU
 
 Results are checked before anything is timed, and each row is emitted as soon as it is measured.
@@ -46,6 +46,20 @@ def passes(device: torch.device, small: bool) -> None:
     benchmark.pass_rows(clock, benchmark.bandwidth_of(clock, small), small)
 
 
+def fp8(device: torch.device, small: bool) -> None:
+    """fp8_linear beside cuBLAS in fp16, and cuBLAS in fp8."""
+    from benchmarks import gpu_codebook_linear as benchmark
+
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        print("fp8: the tensor cores of this device do not take E4M3")
+        return
+    shapes, sizes, widths = ([(20, 130)], [3], [4]) if small else (SQUARES, LINEAR_M, WIDTHS)
+    for shape in shapes:
+        for M in sizes:
+            peers = () if small else (benchmark.scaled_mm,)
+            benchmark.linear_rows(device, [shape], [M], widths, 1 if small else REPEATS, torch.float16, peers, in_fp8=True)
+
+
 def gradients(device: torch.device, small: bool) -> None:
     """codebook_grad over the bandwidth of a copy, and the form fused into the GEMM beside cuBLAS."""
     from benchmarks import gpu_codebook_grad as benchmark
@@ -68,7 +82,7 @@ def encoder(device: torch.device, small: bool) -> None:
 
 
 PARTS: dict[str, Callable[[torch.device, bool], None]] = {
-    "linear": linear, "clustering": clustering, "passes": passes, "gradients": gradients, "encoder": encoder,
+    "linear": linear, "clustering": clustering, "passes": passes, "fp8": fp8, "gradients": gradients, "encoder": encoder,
 }  # fmt: skip
 
 

@@ -115,6 +115,36 @@ def linear_checks(
                     yield f"codebook_linear_grad {what}", sums
 
 
+def fp8_checks(
+    device: torch.device, OUT: int, IN: int, sizes: tuple[int, ...], widths: tuple[int, ...]
+) -> Iterator[tuple[str, Check]]:
+    """fp8_linear beside the product of what was rounded to E4M3, upcast; and that beside the product without rounding."""
+    from kmq_kernels.triton_kernels import fp8_linear
+
+    for bits in widths:
+        for groups, group_rows in (("", OUT), (" grouped", 8)):
+            p = Problem(device, OUT, IN, bits, group_rows, torch.float32)
+            table, scale = fp8_linear.round_codebook(p.codebook)
+            rounded = table[:, : 2**bits].view(torch.float8_e4m3fn).double() * scale.double()
+            weight = rounded[torch.arange(OUT, device=device)[:, None] // group_rows, p.index.long()]
+            for M in sizes if bits == 4 else sizes[:1]:
+                x = torch.randn(M, IN, device=device)
+                per_scale = 448.0 / x.abs().amax(1, keepdim=True)
+                upcast = (x * per_scale).to(torch.float8_e4m3fn).double() * x.abs().amax(1, keepdim=True).double() / 448
+
+                def product(
+                    p: Problem = p, x: Tensor = x, upcast: Tensor = upcast, table: Tensor = table, scale: Tensor = scale,
+                    weight: Tensor = weight, bits: int = bits,
+                ) -> tuple[float, float]:  # fmt: skip
+                    out = fp8_linear.fp8_linear(x, p.packed, table, scale, None, bits, p.group_rows)
+                    expected = upcast @ weight.T
+                    if relative_rms(expected, x.double() @ p.weight.T) > 0.06:
+                        return float("inf"), 0
+                    return relative_rms(out, expected), 2e-3  # tensor cores of Hopper add with 14 bits; ties of the rounding
+
+                yield f"fp8_linear {bits} M={M}{groups}", product
+
+
 def gradient_checks(device: torch.device, rows: int, cols: int) -> Iterator[tuple[str, Check]]:
     """codebook_grad, which is CUDA C++ where it was built, and codebook_embedding_grad."""
     import kmq_kernels as kmq
@@ -224,6 +254,7 @@ def checks(device: torch.device, small: bool) -> Iterator[tuple[str, Check]]:
     if small:
         yield from code_checks(device, 5, 130, (3, 8))
         yield from linear_checks(device, 20, 130, (3,), (4, 7), ("fp16",))
+        yield from fp8_checks(device, 20, 130, (3,), (4,))
         yield from gradient_checks(device, 20, 130)
         yield from cluster_checks(device, 1000, (4,))
         return
@@ -231,6 +262,8 @@ def checks(device: torch.device, small: bool) -> Iterator[tuple[str, Check]]:
     yield from linear_checks(device, 768, 768, (16, 1, 64, 300, 2000), widths, ("fp16", "bf16", "fp32"))
     yield from linear_checks(device, 100, 1000, (5,), (3, 8), ("fp16",))  # tails in every direction
     yield from code_checks(device, 3000, 768, widths)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        yield from fp8_checks(device, 768, 1000, (16, 1, 300), widths)
     yield from gradient_checks(device, 3000, 768)
     yield from cluster_checks(device, 200_000, (16, 256))
 

@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = (80, 90)
+ARCHITECTURES = (80, 90)  # what the tests of the default run compile for
+NEWER = (100, 120)  # Blackwell's two; in the default run a few kernels
+# Most shared memory of a thread block, bytes.
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+PRODUCT = r"\b(HMMA|QMMA|HGMMA|QGMMA|UTC\w*MMA)\b"  # instructions of the tensor cores, on any architecture
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,8 @@ class Compiled:
                 found.append([line for address, line in self.sass if int(branch[1], 16) <= address <= at])
         return sorted(found, key=len, reverse=True)
 
-    def executed(self, pattern: str) -> int:
-        """Instructions run from the first to an exit on the shortest way through the block with most matches of a pattern.
-
-        A block is code without a branch or a target of one: the way is that of a program for which all other branches skip what
-        they can.
-        """
+    def _blocks(self) -> tuple[dict[int, int], dict[int, list[int]]]:
+        """Blocks, which are code without a branch or a target of one: end of each by its start, and the starts that may follow."""
         starts, targets = {0}, {}
         index = {address: i for i, (address, _) in enumerate(self.sass)}
         for i, (_, text) in enumerate(self.sass):
@@ -79,8 +79,17 @@ class Compiled:
         for start, end in ends.items():
             last = self.sass[end - 1][1]
             follow[start] = [targets[end - 1]] if end - 1 in targets else [len(self.sass)] if "EXIT" in last else []
-            if last.startswith("@") or not re.search(r"\b(BRA|EXIT)\b", last):
+            if last.startswith("@") or re.search(r"\bBRA\S*\s+!?UP\d", last) or not re.search(r"\b(BRA|EXIT)\b", last):
                 follow[start].append(end)
+        return ends, follow
+
+    def executed(self, pattern: str) -> int:
+        """Instructions run from the first to an exit on the shortest way through the block with most matches of a pattern.
+
+        A block is code without a branch or a target of one: the way is that of a program for which all other branches skip what
+        they can.
+        """
+        ends, follow = self._blocks()
 
         def lengths(start: int) -> dict[int, int]:
             found, open_ = {start: 0}, [start]
@@ -93,12 +102,34 @@ class Compiled:
                         open_.append(after)
             return found
 
-        middle = max(order, key=lambda start: sum(bool(re.search(pattern, text)) for _, text in self.sass[start : ends[start]]))
+        middle = max(ends, key=lambda start: sum(bool(re.search(pattern, text)) for _, text in self.sass[start : ends[start]]))
         return lengths(0)[middle] + lengths(middle)[len(self.sass)]
 
     def innermost_loops(self) -> list[list[str]]:
         """The loops that hold no other loop, the longest first."""
         return [body for body in self.loops() if sum(bool(re.search(r"\bBRA\b", line)) for line in body) == 1]
+
+    def product_loop(self) -> list[str]:
+        """All code that runs again and again around products of matrices: of the loops with the most products, every block from
+        which the others and it can be reached, wherever it lies. (Waits for a barrier lie behind the end, on sm_100.)"""
+        ends, follow = self._blocks()
+
+        def reached(start: int) -> set[int]:
+            found: set[int] = set()
+            open_ = [start]
+            while open_:
+                new = set(follow.get(open_.pop(), [])) - found
+                found |= new
+                open_ += new
+            return found
+
+        after = {start: reached(start) for start in ends}
+        loops: list[list[str]] = []
+        for start in ends:
+            blocks = sorted(block for block in ends if block in after[start] and start in after[block])
+            if blocks and blocks[0] == start:
+                loops.append([text for block in blocks for _, text in self.sass[block : ends[block]]])
+        return max(loops, key=lambda body: (sum(bool(re.search(PRODUCT, line)) for line in body), len(body)))
 
 
 def compile_all(kernels: list[Kernel], architecture: int) -> list[Compiled]:

@@ -8,7 +8,8 @@ A word of four weights belongs to four neighbouring places of the reduction. Whi
 has the same order; it is written anew for its scales anyway. A half of a block of 128 columns (16 lanes, fields 0 to 7) is
 
     1 bit         natural order: fields 4 half to 4 half + 3, each with its 16 lanes
-    2 and 3 bits  lane by lane, fields half, half + 2, half + 4, half + 6: what a mask of every other pair of bits leaves
+    2 bits        lane by lane, fields half, half + 2, half + 4, half + 6: what a mask of every other pair of bits leaves
+    3 bits        by two lanes, fields f and f + 2 of the one and of the other; of four lanes f = 4 half for both twos, then f + 1
     from 4 bits   lane by lane, fields 4 half to 4 half + 3
 """
 
@@ -30,9 +31,13 @@ def column_of(place, BITS: tl.constexpr):
     if BITS == 1:
         return place
     else:
-        half, lane, i = place // 64, place % 64 // 4, place % 4
-        field = half + 2 * i if BITS <= 3 else 4 * half + i
-        return 16 * field + lane
+        half, word, i = place // 64, place % 64 // 4, place % 4
+        if BITS == 2:
+            return 16 * (half + 2 * i) + word
+        elif BITS == 3:
+            return 16 * (4 * half + word % 4 // 2 + 2 * (i % 2)) + word // 4 * 4 + word % 2 * 2 + i // 2
+        else:
+            return 16 * (4 * half + i) + word
 
 
 @triton.jit
@@ -67,13 +72,14 @@ def _plane(block, DTYPE: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def load_planes8(block, BITS: tl.constexpr):
-    """The planes of one block of R rows, a lane an element; of 1 bit, four lanes an element [R, 4]."""
+    """The planes of one block of R rows: int32, a lane an element [R, 16]; up to 3 bits words of as many lanes as they hold."""
     if BITS == 1:
         return (_plane(block, tl.int32, 4),)
     elif BITS == 2:
-        return (_plane(block, tl.int16, LANES).to(tl.int32),)
+        return (_plane(block, tl.int32, 8),)
     elif BITS == 3:
-        return _plane(block, tl.int16, LANES).to(tl.int32), _plane(block + 32, tl.int8, LANES).to(tl.int32)
+        even, odd = tl.split(tl.reshape(_plane(block, tl.int32, 8), (block.shape[0], 4, 2)))
+        return even, odd, _plane(block + 32, tl.int32, 4)  # lanes 0, 1 of four; lanes 2, 3; the 1-bit plane of all four
     elif BITS == 4:
         return (_plane(block, tl.int32, LANES),)
     elif BITS == 5:
@@ -87,6 +93,12 @@ def load_planes8(block, BITS: tl.constexpr):
         )  # fmt: skip
     else:
         return _plane(block, tl.int32, LANES), _plane(block + 64, tl.int32, LANES)
+
+
+@triton.jit
+def _side_by_side(a, b):
+    """Words [R, n] and [R, n] alternating, [R, 2 n]."""
+    return tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))
 
 
 @triton.jit
@@ -125,16 +137,20 @@ def _spread_bits(bits):
 def _from_registers(planes, table, HALF: tl.constexpr, BITS: tl.constexpr):
     """Words [R, 16] of four weights."""
     if BITS == 2:
-        return prmt(table[0], table[0], (planes[0] >> (2 * HALF)) & 0x3333)
+        pairs = (planes[0] >> (2 * HALF)) & 0x33333333
+        return _side_by_side(prmt(table[0], table[0], pairs), prmt(table[0], table[0], pairs >> 16))
     elif BITS == 3:
-        # Fields half, half + 2, ... of the 1-bit plane: bits 0, 2, 4, 6 to bits 2, 6, 10, 14 by shifted copies.
-        one = (planes[1] >> HALF) & 0x55
-        one = (one | (one << 4)) & 0x0505
-        one = (one | (one << 2)) & 0x1111
-        return _eight(table, 0, select(0x33333333, planes[0] >> (2 * HALF), one << 2) & 0x7777)
+        two = prmt(planes[0], planes[1], 0x7531 if HALF else 0x6420)  # fields 0 to 3, 2 bits each, of lanes a, b, c, d
+        one = planes[2] >> 4 if HALF else planes[2]  # bits 0 to 3 of each byte: fields 0 to 3
+        even = select(0x33333333, two, (one & 0x05050505) * 0x14)  # bits 0 and 2 also land on bits 2 and 6
+        odd = select(0x33333333, two >> 2, (one & 0x0A0A0A0A) * 0x0A)  # bits 1 and 3 on bits 2 and 6
+        first = tl.join(_eight(table, 0, even), _eight(table, 0, odd))
+        second = tl.join(_eight(table, 0, even >> 16), _eight(table, 0, odd >> 16))
+        return tl.reshape(tl.join(first, second), (two.shape[0], 16))  # [R, 4, even or odd, first or second two lanes]
     else:
-        nibbles = planes[0] >> (16 * HALF)
-        low, third = nibbles & 0x7777, ((nibbles >> 1) & 0x4444) | 0x3210
+        # Both halves are prepared at once: PRMT reads the low four nibbles of a selector.
+        low = (planes[0] & 0x77777777) >> (16 * HALF)
+        third = (((planes[0] >> 1) & 0x44444444) | 0x32103210) >> (16 * HALF)
         if BITS == 4:
             return _sixteen(table, 0, low, third)
         elif BITS == 5:

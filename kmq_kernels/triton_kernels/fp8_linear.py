@@ -133,7 +133,7 @@ def round_codebook(codebook: Tensor) -> tuple[Tensor, Tensor]:
     steps = torch.arange(CANDIDATES, device=wide.device, dtype=torch.float32) / CANDIDATES
     scales = largest / LARGEST * torch.exp2(steps)
     rounded = (wide / scales[:, None, None]).to(torch.float8_e4m3fn).float() * scales[:, None, None]
-    scale = scales[(rounded - wide).square().sum((1, 2)).argmin()].reshape(1)
+    scale = scales.index_select(0, (rounded - wide).square().sum((1, 2)).argmin(0, keepdim=True))
     table = (wide / scale).to(torch.float8_e4m3fn).view(torch.uint8)
     return torch.nn.functional.pad(table, (0, max(4 - table.shape[1], 0))).contiguous(), scale
 
