@@ -1,12 +1,12 @@
-"""Compiles, without a GPU, what `make gpu` launches in its smoke and headline steps, into a Triton cache that travels with the tree.
+"""Compiles, without a GPU, what `make gpu` launches in its smoke and headline steps, into a Triton cache that travels with it.
 
     python -m benchmarks.gpu_cache --arch 90               # record the launches, compile what is missing, count hits and misses
     python -m benchmarks.gpu_cache --arch 90 --record      # only the launches and their keys
     python -m benchmarks.gpu_cache                         # on the device: the same for the architecture that is there
 
-A key of Triton's cache is a hash of the kernel's source, the types, alignment and special values of its arguments, its options, the
-architecture, and of Triton itself: its files, its compiled library, its ptxas. So run this with the Triton and the minor version
-of Python that the device has. The launches are those of the benchmarks themselves, on a device that is pretended (gpu_mock.py).
+A key of Triton's cache is a hash of the kernel's source, the types, alignment and special values of its arguments, its options,
+the architecture, and of Triton itself: its files, its compiled library, its ptxas. So run this with the Triton and the minor
+version of Python that the device has. The launches are those of the benchmarks, on a device that is pretended (gpu_mock.py).
 
 An entry is the machine code and its description, without the stages before it. Triton lists the files of an entry by absolute
 paths, and compiles afresh where they do not exist: `settle` writes the list anew where the folder is now.
@@ -80,9 +80,9 @@ def steps() -> dict[str, Callable[[], Any]]:
                     for name, value in replaced.items():
                         stack.enter_context(mock.patch.object(module, name, value))
                 stack.enter_context(mock.patch.object(gpu_kmeans.Clock, "seconds", lambda _, call, repeats=1: _once(call)))
-                stack.enter_context(mock.patch.object(gpu_kmeans, "optimum_of", lambda *_: 1.0))
+                stack.enter_context(mock.patch.object(gpu_kmeans, "optimum_of", return_value=1.0))
                 stack.enter_context(mock.patch.object(torch.cuda, "CUDAGraph", mock.MagicMock))
-                stack.enter_context(mock.patch.object(torch.cuda, "graph", lambda _: contextlib.nullcontext()))
+                stack.enter_context(mock.patch.object(torch.cuda, "graph", return_value=contextlib.nullcontext()))
                 stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
                 stack.enter_context(torch.inference_mode())
                 run()
@@ -244,7 +244,9 @@ def key_of(launch: Launch) -> str:
     """A short name for a launch."""
     import hashlib
 
-    text = json.dumps({name: value for name, value in json.loads(launch.specialization).items() if name not in ("options", "target")})
+    text = json.dumps(
+        {name: value for name, value in json.loads(launch.specialization).items() if name not in ("options", "target")}
+    )
     return f"{launch.function}-{hashlib.sha256((launch.module + text).encode()).hexdigest()[:12]}"
 
 

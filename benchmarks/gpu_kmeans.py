@@ -1,8 +1,8 @@
 """The clustering part of `make gpu`: whole models, `assign` and the fused step, checked and then timed on a CUDA device.
 
-Rows are emitted for the result file as they are measured. Times are medians of CUDA events, with the second-level cache flushed before each. A
-model is its shapes filled with Student-t values. The floor of a model is two passes at the bandwidth of a copy measured in the
-same run: 9 bytes a value for fp32 (read twice, one byte written).
+Rows are emitted for the result file as they are measured. Times are medians of CUDA events, with the second-level cache flushed
+before each. A model is its shapes filled with Student-t values. The floor of a model is two passes at the bandwidth of a copy
+measured in the same run: 9 bytes a value for fp32 (read twice, one byte written).
 """
 
 import importlib.util

@@ -1,13 +1,12 @@
 """A CUDA device that is not here, for as long as a block lasts: what would be launched on it is compiled or counted, never run.
 
-`pretended` gives PyTorch tensors of a device "cuda" that have shape and dtype and no contents, and Triton a driver whose target is the
-architecture asked for. The package's own launchers then choose tiles, pieces and flags as they do on the device, and Triton makes
-the same cache keys from the launches. Whatever asks for contents gets zeros, and comparisons agree: checks of results pass.
+`pretended` gives PyTorch tensors of a device "cuda" with shape and dtype and no contents, and Triton a driver whose target is
+the architecture asked for. The package's own launchers then choose tiles, pieces and flags as they do on the device, and Triton
+makes the same cache keys from the launches. Whatever asks for contents gets zeros, and comparisons agree: checks of results pass.
 """
 
 import contextlib
 import ctypes
-import importlib.util
 import re
 import subprocess
 import sysconfig
@@ -218,17 +217,16 @@ def pretended(architecture: int, launchers: bool = False) -> Iterator[_Driver]:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing")
     chip, made = CHIPS[architecture], _Driver(architecture, launchers)
     properties = SimpleNamespace(multi_processor_count=chip.multiprocessors, L2_cache_size=chip.l2_bytes, name=chip.name)
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == divmod(architecture, 10):
+        properties = torch.cuda.get_device_properties(0)  # the device itself: its launches are what is wanted
+    none = contextlib.nullcontext()
+    answers = {
+        "_lazy_init": None, "is_available": True, "device": none, "current_device": 0, "get_device_properties": properties,
+        "get_device_capability": divmod(architecture, 10), "get_device_name": chip.name, "mem_get_info": (80 << 30, 80 << 30),
+        "empty_cache": None, "synchronize": None,
+    }  # fmt: skip
     patches = [
-        mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
-        mock.patch.object(torch.cuda, "is_available", lambda: True),
-        mock.patch.object(torch.cuda, "device", lambda _: contextlib.nullcontext()),
-        mock.patch.object(torch.cuda, "current_device", lambda: 0),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda _=None: divmod(architecture, 10)),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda _=None: properties),
-        mock.patch.object(torch.cuda, "get_device_name", lambda _=None: chip.name),
-        mock.patch.object(torch.cuda, "mem_get_info", lambda _=None: (80 << 30, 80 << 30)),
-        mock.patch.object(torch.cuda, "empty_cache", lambda: None),
-        mock.patch.object(torch.cuda, "synchronize", lambda _=None: None),
+        *(mock.patch.object(torch.cuda, name, return_value=answer) for name, answer in answers.items()),
         mock.patch.object(triton.knobs.build, "impl", _build),
         mock.patch.object(build, "_load_module_from_path", _no_module),
     ]
@@ -244,15 +242,3 @@ def pretended(architecture: int, launchers: bool = False) -> Iterator[_Driver]:
         finally:
             torch._C._set_only_lift_cpu_tensors(lifted)
             driver._active = before
-
-
-def same_interpreter_as(version: str, python: str) -> str | None:
-    """Why the keys made here are not those of a device with this Triton and Python; None where they are."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed here"
-    import triton
-
-    here = f"{sysconfig.get_python_version()}"
-    if triton.__version__ != version or here != python:
-        return f"Triton {triton.__version__} of Python {here} is here, Triton {version} of Python {python} was asked for"
-    return None

@@ -63,7 +63,7 @@ class Compiled:
         return sorted(found, key=len, reverse=True)
 
     def _blocks(self) -> tuple[dict[int, int], dict[int, list[int]]]:
-        """Blocks, which are code without a branch or a target of one: end of each by its start, and the starts that may follow."""
+        """Blocks, code without a branch or a target of one: the end of each by its start, and the starts that may follow."""
         starts, targets = {0}, {}
         index = {address: i for i, (address, _) in enumerate(self.sass)}
         for i, (_, text) in enumerate(self.sass):

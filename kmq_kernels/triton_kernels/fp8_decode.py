@@ -1,11 +1,11 @@
 """Packed indices to E4M3 weights inside a kernel, by byte look-ups, and the order of columns that comes out of it.
 
-A weight is one byte, and a PRMT looks four of them up: from a word of four codebook entries on each side, by the low three bits of
-four indices that lie in nibbles. Each further bit of the index chooses between two such results by another PRMT. So K entries take
-K / 4 registers and (K / 4 - 1) / 4 PRMTs a weight; no weight passes through 16 bits.
+A weight is one byte, and a PRMT looks four of them up: from two words of four codebook entries, by the low three bits of four
+indices that lie in nibbles. Each further bit of the index chooses between two such results by another PRMT. So K entries take
+K / 4 registers and (K / 4 - 1) / 4 PRMTs a weight; no weight passes through 16 bits. From 7 bits on that is more than a load.
 
-A word of four weights belongs to four neighbouring places of the reduction. Which columns stand there is free, as long as the input
-has the same order; it is written anew for its scales anyway. A half of a block of 128 columns (16 lanes, fields 0 to 7) is
+A word of four weights belongs to four neighbouring places of the reduction. Which columns stand there is free, as long as the
+input has the same order; it is written anew for its scales anyway. A half of a block of 128 columns (16 lanes, fields 0 to 7) is
 
     1 bit         natural order: fields 4 half to 4 half + 3, each with its 16 lanes
     2 bits        lane by lane, fields half, half + 2, half + 4, half + 6: what a mask of every other pair of bits leaves

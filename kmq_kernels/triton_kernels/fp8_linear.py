@@ -4,8 +4,8 @@
     input     rounded at each call, a scale for each row, columns in the order in which weights come out of their decoder
     product   E4M3 x E4M3, sums in fp32, times the scale of the row and that of the codebook
 
-Tensor cores take E4M3 at twice the rate of fp16, and a weight is decoded to one byte (fp8_decode.py): less to decode, half the way
-to the tensor core, half the registers. So one kernel serves every M, where fp16 decodes first and leaves large M to cuBLAS.
+Tensor cores take E4M3 at twice the rate of fp16, and a weight is decoded to one byte (fp8_decode.py): less to decode, half the
+way to the tensor core, half the registers. So one kernel serves every M, where fp16 decodes first and leaves large M to cuBLAS.
 """
 
 import math
@@ -74,8 +74,9 @@ def quantize_rows_kernel(input, out, scale, IN, stride, BITS: tl.constexpr, BLOC
         x = tl.load(input + start + place, mask=start + place < IN, other=0.0).to(tl.float32)
         most = tl.maximum(most, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
     largest = tl.reduce(most, 0, _larger)
-    per_scale = tl.where(largest == 0.0, 1.0, 448.0 / largest)
-    tl.store(scale + row, tl.where(largest == 0.0, 1.0, largest / 448.0))
+    largest = tl.where(largest == 0.0, 448.0, largest)  # of a row of zeros
+    per_scale = 448.0 / largest
+    tl.store(scale + row, largest / 448.0)
     column = place // 128 * 128 + column_of(place % 128, BITS)
     for start in range(0, stride, BLOCKS * 128):
         x = tl.load(input + start + column, mask=start + column < IN, other=0.0).to(tl.float32) * per_scale

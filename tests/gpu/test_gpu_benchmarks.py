@@ -1,12 +1,10 @@
 """The logic of the benchmarks that `make gpu` runs, on the CPU with tiny sizes: Triton's interpreter stands for the device."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from benchmarks import gpu
 from benchmarks import gpu_codebook_linear as benchmark
 
 CPU = torch.device("cpu")
@@ -66,22 +64,3 @@ def test_ahead_rows(monkeypatch):
     monkeypatch.setattr(benchmark.torch, "equal", lambda *_: False)
     with torch.inference_mode(), pytest.raises(SystemExit, match="not the bits of the op"):
         benchmark.ahead_rows(CPU, [(20, 130)], [3], 4, 1, torch.float32)
-
-
-def test_results_are_written_after_every_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "BENCHMARKS", ("good", "bad"))
-    result = tmp_path / "results" / "gpu.json"
-    look = f"import json; print(json.dumps(list(json.load(open({str(result)!r})))))"
-    steps = {
-        "build": [sys.executable, "-c", "print('built')"],
-        "good": [sys.executable, "-c", look],
-        "bad": [sys.executable, "-c", "raise SystemExit('wrong')"],
-        "slow tests": [sys.executable, "-c", "print('3 passed')"],
-    }
-    assert not gpu.run(steps, {}, {"gpu": "none"}, result)
-    facts = json.loads(result.read_text())
-    assert list(facts) == ["gpu", *steps]
-    assert facts["good"]["rows"] == ["gpu", "build"]
-    assert facts["bad"]["exit"] == 1
-    assert facts["bad"]["rows"] == ["wrong"]
-    assert facts["slow tests"]["summary"] == ["3 passed"]

@@ -173,7 +173,15 @@ def test_plans():
             assert tile.input_rows in (16, 32, 64, 128)
             assert limit >= tile.input_rows
     half, single = torch.float16, torch.float32
-    for capability, largest in [((7, 5), 256), ((8, 0), 256), ((8, 9), 128), ((9, 0), 512), ((10, 0), 256), ((10, 3), 256), ((12, 0), 512)]:
+    for capability, largest in [
+        ((7, 5), 256),
+        ((8, 0), 256),
+        ((8, 9), 128),
+        ((9, 0), 512),
+        ((10, 0), 256),
+        ((10, 3), 256),
+        ((12, 0), 512),
+    ]:
         assert kernels.plan_for(largest, half, capability) is not None
         assert kernels.plan_for(largest + 1, half, capability) is None
         assert kernels.plan_for(17, single, capability) is None

@@ -1,4 +1,4 @@
-"""The Triton kernels of the linear layer compiled for sm_80 and sm_90 without a GPU: what the code generator made of them.
+"""The Triton kernels of the linear layer compiled without a GPU for sm_80, 90, 100 and 120: what the code generator made of them.
 
 A weight costs instructions three times: to decode it, to carry it to the tensor core, and its share of loads and loop. BUDGETS
 holds the code to what it was counted to be, so that a new Triton that generates worse code is seen.
@@ -19,6 +19,8 @@ MODULE = "kmq_kernels.triton_kernels.codebook_linear"
 BUDGETS = {
     (80, 1): (1.6, 5.5), (80, 2): (1.6, 4.5), (80, 3): (1.6, 5.2), (80, 4): (3.0, 5.0),
     (90, 1): (1.6, 4.3), (90, 2): (1.6, 4.3), (90, 3): (1.6, 4.0), (90, 4): (3.0, 5.6),
+    (100, 1): (1.7, 9.9), (100, 2): (1.7, 9.9), (100, 3): (1.7, 9.9), (100, 4): (3.1, 9.9),
+    (120, 1): (1.7, 9.9), (120, 2): (1.7, 9.9), (120, 3): (1.7, 9.9), (120, 4): (3.1, 9.9),
 }  # fmt: skip
 
 
@@ -53,8 +55,7 @@ def plan(architecture):
 
 def loop_of(compiled, tile):
     """The main loop, and how many weights a thread decodes in it."""
-    body = max(compiled.innermost_loops(), key=len)
-    return body, tile.weight_rows * 128 / (32 * tile.num_warps)
+    return compiled.product_loop(), tile.weight_rows * 128 / (32 * tile.num_warps)
 
 
 def count(body, pattern):
@@ -67,18 +68,19 @@ def check_tensor_cores(architecture, body):
         products = [line for line in body if "HGMMA" in line]
         assert products
         assert all(re.search(r"HGMMA\S* R\d+, R\d+, gdesc", line) for line in products), products
+    elif architecture == 100:
+        assert count(body, r"UTCHMMA")
     else:
         assert count(body, r"HMMA\.16816")
 
 
-@pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
-def test_the_lookup_decoder_is_within_budget(architecture):
+def check_lookup(architecture, widths):
     tile = plan(architecture)[16]
-    for bits, compiled in enumerate(offline.compile_all([linear(tile, bits) for bits in (1, 2, 3, 4)], architecture), 1):
+    for bits, compiled in zip(widths, offline.compile_all([linear(tile, bits) for bits in widths], architecture), strict=True):
         body, weights = loop_of(compiled, tile)
         assert compiled.spills == 0
         assert compiled.registers <= 128
-        assert compiled.shared <= 227 * 1024
+        assert compiled.shared <= offline.SHARED[architecture]
         assert not count(body, r"\bI2F")
         decoding, everything = BUDGETS[architecture, bits]
         assert count(body, r"\b(PRMT|LOP3|SHF\.R)") / weights <= decoding, bits
@@ -91,6 +93,24 @@ def test_the_lookup_decoder_is_within_budget(architecture):
 
 
 @pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
+def test_the_lookup_decoder_is_within_budget(architecture):
+    check_lookup(architecture, (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("architecture", offline.NEWER)
+def test_the_lookup_decoder_is_within_budget_on_blackwell(architecture):
+    check_lookup(architecture, (4,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", offline.NEWER)
+def test_every_lookup_decoder_is_within_budget_on_blackwell(architecture):
+    check_lookup(architecture, (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "architecture", [*offline.ARCHITECTURES, *(pytest.param(n, marks=pytest.mark.slow) for n in offline.NEWER)]
+)
 def test_no_plan_spills(architecture):
     """The narrowest and the widest tile, at widths that need many registers: a codebook for each row, a tail, partial sums."""
     tiles = [*plan(architecture).values()][:: len(plan(architecture)) - 1]
@@ -100,13 +120,13 @@ def test_no_plan_spills(architecture):
         body, _ = loop_of(compiled, tile)
         assert compiled.spills == 0, kernel
         assert compiled.registers <= 255, kernel
-        assert compiled.shared <= (163 if architecture == 80 else 227) * 1024, kernel
+        assert compiled.shared <= offline.SHARED[architecture], kernel
         assert not count(body, r"\bI2F"), kernel
         check_tensor_cores(architecture, body)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*offline.ARCHITECTURES, *offline.NEWER])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_width_compiles(architecture, bits):
     """Every tile with one codebook and one for each row, with and without a tail. bf16 differs from fp16 in one instruction."""
@@ -118,9 +138,12 @@ def test_every_width_compiles(architecture, bits):
     for kernel, compiled in zip(kernels, offline.compile_all(kernels, architecture), strict=True):
         assert compiled.spills == 0, kernel
         assert compiled.registers <= 255, kernel
+        assert compiled.shared <= offline.SHARED[architecture], kernel
 
 
-@pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", [*offline.ARCHITECTURES, *(pytest.param(n, marks=pytest.mark.slow) for n in offline.NEWER)]
+)
 def test_input_grad(architecture):
     """Every tile, a shared codebook and one for each row."""
     kernels = [input_grad(tile, 4, "bf16", shared) for tile in PLAN_INPUT_GRAD.values() for shared in (True, False)]
@@ -129,5 +152,5 @@ def test_input_grad(architecture):
         assert compiled.spills == 0, kernel
         assert compiled.registers <= 255, kernel
         assert compiled.shared <= 99 * 1024, kernel  # of the device with the least
-        assert kernel.signature["grad"] == "*fp32" or compiled.count("GMMA|HMMA"), kernel
+        assert kernel.signature["grad"] == "*fp32" or compiled.count(offline.PRODUCT), kernel
         assert not compiled.count(r"\bI2F\.F"), kernel
