@@ -37,7 +37,18 @@ except ImportError:
     )
 
 ROOT = Path(__file__).parent
-DEFAULT_ARCHS = ("8.0", "8.6", "8.9", "9.0+PTX")
+# The newest that the toolkit knows also goes in as PTX, which later devices compile for themselves.
+DEFAULT_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+
+
+def default_archs(nvcc: str) -> str:
+    """The architectures of DEFAULT_ARCHS that this nvcc knows, for TORCH_CUDA_ARCH_LIST."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = {f"{number[:-1]}.{number[-1]}" for number in re.findall(r"compute_(\d+)", listed)}
+    taken = [arch for arch in DEFAULT_ARCHS if arch in known]
+    if not taken:
+        sys.exit(f"TORCH_CUDA_ARCH_LIST: {nvcc} knows none of {', '.join(DEFAULT_ARCHS)}; name one that it knows")
+    return ";".join([*taken[:-1], f"{taken[-1]}+PTX"])
 
 
 def wants_cuda() -> bool:
@@ -67,7 +78,8 @@ if sys.platform == "linux":
     cxx.append("-fopenmp")
 cpp_sources = ["csrc/bindings.cpp", *sources("csrc/cpu/**/*.cpp")]
 if wants_cuda():
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(DEFAULT_ARCHS))
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = default_archs(str(Path(CUDA_HOME) / "bin" / "nvcc"))
     cuda = torch.version.cuda
     extension = CUDAExtension(
         "kmq_kernels._C",
