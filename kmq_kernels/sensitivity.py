@@ -184,7 +184,12 @@ def _weights(model: nn.Module, config: KMQConfig | None) -> dict[str, Tensor]:
     weights = plan(model, config or KMQConfig()).quantized
     if not weights:
         raise SensitivityError("model: it has no embedding or linear layer to quantize (or is quantized already)")
-    return {weight.name: weight.tensor for weight in weights}
+    for weight in weights:
+        if weight.computed:
+            raise SensitivityError(
+                f"{weight.parameter}: {weight.computed} computes it, so it has no gradient of its own; add it to skip"
+            )
+    return {weight.name: weight.source for weight in weights}
 
 
 def _gradients(

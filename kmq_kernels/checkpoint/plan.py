@@ -33,7 +33,7 @@ from ..files import (
     stored_tensors,
 )
 from ..hf import kept_names, model_dtype
-from ..quantization import KMQConfig, name_matches, plan, swap
+from ..quantization import KMQConfig, plan, remarks, swap
 from .side_files import NOT_DOWNLOADED, files_left_out, side_files
 
 SHARD_BYTES = 256_000_000
@@ -81,6 +81,7 @@ class Unit(NamedTuple):
     dtype: torch.dtype  # of the model: what from_pretrained would cast the tensor to
     bits: int | None
     group_rows: int
+    transposed: bool  # stored (cols, rows), as transformers' Conv1D does
     outputs: tuple[Output, ...]
 
     @property
@@ -116,7 +117,7 @@ class StreamPlan:
     """Everything about the output but its weights.
 
     left_out: tensors of the checkpoint that the model class does not have. files_left_out: files that are the whole model in
-    another format. unmatched: patterns of the configuration that match no embedding or linear layer.
+    another format. remarks: what a warning of quantize_ would say.
     """
 
     source: Path
@@ -125,7 +126,7 @@ class StreamPlan:
     shards: tuple[Shard, ...]
     left_out: tuple[str, ...]
     files_left_out: tuple[str, ...]
-    unmatched: tuple[str, ...]
+    remarks: tuple[str, ...]
     config: KMQConfig  # as asked for
     config_json: str  # of the output, the quantization config resolved
     parameters: int
@@ -226,6 +227,12 @@ def make_plan(
     chosen = plan(model, config)
     if not chosen.quantized:
         raise CheckpointError(f"{source}: {type(model).__name__} has no embedding or linear layer to quantize")
+    if computed := next((weight for weight in chosen.quantized if weight.computed), None):
+        raise CheckpointError(
+            f"{source}: {computed.computed} computes {computed.parameter}, and no tensor of the checkpoint is it;"
+            " load the model and use quantize_, or skip the layer"
+        )
+    said = tuple(remarks(model, chosen))
     weights = {kept[weight.parameter]: weight for weight in chosen.quantized}
     dense = model.state_dict(keep_vars=True)
     modules = swap(model, chosen.quantized, config)
@@ -236,7 +243,7 @@ def make_plan(
             raise CheckpointError(f"{tensor.file}: {tensor.name} has shape {tensor.shape}, config.json asks for {shape}")
         if name not in weights:
             output = Output(name, dense[name].dtype, shape)
-            units.append(Unit(name, tensor, output.dtype, None, 0, (output,)))
+            units.append(Unit(name, tensor, output.dtype, None, 0, False, (output,)))
             continue
         if not tensor.torch_dtype.is_floating_point or tensor.torch_dtype.itemsize < 2:
             raise CheckpointError(f"{tensor.file}: {tensor.name} is {tensor.dtype}; F64, F32, F16 or BF16 can be quantized")
@@ -245,11 +252,10 @@ def make_plan(
         outputs = tuple(
             Output(f"{prefix}{part}", parameter.dtype, tuple(parameter.shape)) for part, parameter in module.stored().items()
         )
-        units.append(Unit(name, tensor, dense[name].dtype, weight.bits, module.group_rows, outputs))
+        dtype_of_model, group_rows = dense[name].dtype, module.group_rows
+        units.append(Unit(name, tensor, dtype_of_model, weight.bits, group_rows, weight.transposed, outputs))
     units.sort(key=lambda unit: _natural(unit.outputs[0].name))
     resolved = dataclasses.replace(config, skip=chosen.left)
-    patterns = [*(config.skip or []), *(config.module_bits or {})]
-    layers = [name for weight in chosen.weights for name in weight.modules]
     if file_record(source / "config.json")["sha256"] != beside["config.json"]:
         raise CheckpointError(f"{source / 'config.json'}: it changed while it was read; give the same command again")
     return StreamPlan(
@@ -259,7 +265,7 @@ def make_plan(
         shards=_shards(units, shard_bytes),
         left_out=tuple(left_out),
         files_left_out=tuple(files_left_out(source, root or source)),
-        unmatched=tuple(pattern for pattern in patterns if not any(name_matches(pattern, name) for name in layers)),
+        remarks=said,
         config=config,
         config_json=models.config_json(model, resolved, dtype),
         parameters=sum(parameter.numel() for parameter in model.parameters()),

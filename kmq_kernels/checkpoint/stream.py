@@ -382,7 +382,7 @@ class Stream:
                 results.append((unit.outputs[0].name, tensor.to(unit.dtype, copy=True)))
         if chosen:
             encoded = encode_weights(
-                [tensor.to(self.device) for _, tensor in chosen],
+                [_matrix(unit, tensor).to(self.device) for unit, tensor in chosen],
                 [unit.bits or 0 for unit, _ in chosen],
                 self.config,
                 names=[unit.name for unit, _ in chosen],
@@ -394,3 +394,8 @@ class Stream:
         self.times.read += read - start
         self.times.cluster += time.perf_counter() - read
         return results, digests
+
+
+def _matrix(unit: Unit, tensor: Tensor) -> Tensor:
+    """The weight (rows, cols), which a layer may store transposed or with a third dimension of 1."""
+    return tensor.t().contiguous() if unit.transposed else tensor.flatten(1)

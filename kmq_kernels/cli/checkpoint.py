@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .options import Granularity, ModelArg, OutOption, Scheme, Seed, console, parse_bytes
+from .options import Granularity, ModelArg, OutOption, Scheme, Seed, console, given, parse_bytes
 
 
 def quantize(
@@ -47,10 +47,12 @@ def quantize(
     from .. import checkpoint
     from ..quantization import KMQConfig
 
-    config = KMQConfig(
-        bits=bits, scheme=scheme.value, granularity=granularity.value, group_rows=group_rows, preset=preset, skip=skip,
-        module_bits=_module_bits(module_bits), outlier_fraction=outlier_fraction, row_scale=row_scale, seed=seed,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "bits": bits, "scheme": scheme.value, "granularity": granularity.value, "group_rows": group_rows, "preset": preset,
+        "skip": skip, "module_bits": _module_bits(module_bits), "outlier_fraction": outlier_fraction, "row_scale": row_scale,
+        "seed": seed,
+    }  # fmt: skip
+    config = KMQConfig(**given(options))
     shard_bytes = parse_bytes("shard-size", shard_size)
 
     def make_plan() -> Any:
@@ -99,8 +101,8 @@ def _print_notes(plan: Any) -> None:
         print(f"kmq: left out: {plan.model_class} has no {name}", file=sys.stderr)
     for name in plan.files_left_out:
         print(f"kmq: left out: {name}, the model in another format", file=sys.stderr)
-    for pattern in plan.unmatched:
-        print(f"kmq: {pattern!r} matches no embedding or linear layer of {plan.model_class}", file=sys.stderr)
+    for sentence in plan.remarks:
+        print(f"kmq: {sentence}", file=sys.stderr)
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import click
 import typer
+from click.core import ParameterSource
 from rich.console import Console
 
 console = Console(markup=False, emoji=False)  # what it prints is paths and names, in which [brackets] and :words: mean themselves
@@ -70,6 +72,12 @@ Batch = Annotated[int, typer.Option(help="Texts in a batch.")]
 Rate = Annotated[float, typer.Option(help="Learning rate of stage 1.")]
 MaxLength = Annotated[int, typer.Option(help="Tokens a text is cut to.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options of the running command that the caller gave: a preset may set the others."""
+    context = click.get_current_context()
+    return {name: value for name, value in values.items() if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
 
 
 def parse_bytes(name: str, text: str) -> int:

@@ -32,6 +32,7 @@ from .options import (
     ValidationFile,
     Weighting,
     console,
+    given,
     parse_bytes,
 )
 
@@ -110,8 +111,10 @@ def run(
     options |= {} if grad_reduction is None else {"grad_reduction": grad_reduction.value}
     options |= {} if allocation is None else {"allocation": allocation.value}
     if compare is None:
-        kinds, widths = scheme or [Scheme.kmeans], bits or ([8] if preset == "int8" else [4])
-        configs = [KMQConfig(**{"bits": width, "scheme": kind.value, **options}) for kind in kinds for width in widths]
+        # What is not given is left to the preset.
+        kinds: list[dict[str, Any]] = [{"scheme": kind.value} for kind in scheme or []] or [{}]
+        widths: list[dict[str, Any]] = [{"bits": width} for width in bits or []] or [{}]
+        configs = [KMQConfig(**kind, **width, **given(options)) for kind in kinds for width in widths]
         variants = [Variant(_name(config), config, distill=distill) for config in configs]
     elif compare == "standard":
         variants = standard_variants(bits or (1, 2, 3, 4, 8))

@@ -59,6 +59,7 @@ def inspect(model: Any, stored: dict[str, StoredTensor], config: KMQConfig, dtyp
     tensors = model.state_dict(keep_vars=True)
     weights = plan(model, config).weights
     bits_of = {f"{name}.weight": weight.bits for weight in weights for name in weight.modules}
+    sizes = {f"{name}.weight": tuple(weight.tensor.shape) for weight in weights for name in weight.modules}
     groups: dict[str, list[str]] = {}
     for name, kept in kept_names(model).items():
         groups.setdefault(kept, []).append(name)
@@ -81,7 +82,7 @@ def inspect(model: Any, stored: dict[str, StoredTensor], config: KMQConfig, dtyp
             if parts:
                 used.update(f"{layer}.{part}" for part in parts)
                 bits = bits_of[name] or config.bits
-                found.packed[layer] = _check_packed(found, layer, parts, tuple(tensors[name].shape), bits, config, dtype)
+                found.packed[layer] = _check_packed(found, layer, parts, sizes[name], bits, config, dtype)
         if not there and not any(pattern.search(n) for pattern in ignored for n in names) and kept not in unsaved:
             layer = kept.removesuffix(".weight")
             lost = f"{layer}.codebook" if any(bits_of.get(name) for name in names) else kept
@@ -122,7 +123,7 @@ def _check_packed(
     found: Contents,
     layer: str,
     parts: dict[str, StoredTensor],
-    shape: tuple[int, ...],
+    shape: tuple[int, int],
     bits: int,
     config: KMQConfig,
     dtype: torch.dtype | None,
@@ -148,7 +149,7 @@ def _check_packed(
     return bits
 
 
-def _faults(layer: str, parts: dict[str, StoredTensor], shape: tuple[int, ...], bits: int, config: KMQConfig) -> list[str]:
+def _faults(layer: str, parts: dict[str, StoredTensor], shape: tuple[int, int], bits: int, config: KMQConfig) -> list[str]:
     rows, cols = shape
     options: dict[str, Any] = {"row_scale": config.row_scale, "outliers": config.outlier_count(rows * cols), "device": "meta"}
     expected = CodebookLinear(cols, rows, bits, bias=False, group_rows=config.rows_per_codebook(rows), **options).stored()

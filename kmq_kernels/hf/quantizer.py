@@ -15,7 +15,20 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from ..files import CheckpointError, StoredTensor, read_header
-from ..quantization import QUANT_METHOD, KMQConfig, dequantize_, described, mark_quantized, plan, quantize_, swap, swap_empty
+from ..layers import CodebookModule
+from ..quantization import (
+    QUANT_METHOD,
+    KMQConfig,
+    dequantize_,
+    described,
+    join_indices,
+    mark_quantized,
+    part_indices,
+    plan,
+    quantize_,
+    swap,
+    swap_empty,
+)
 from .contents import Contents, inspect, stored_dtype, untie, writer
 from .names import own_names
 
@@ -29,6 +42,7 @@ class KMQQuantizer(HfQuantizer):
     """Hooks of from_pretrained: swap modules before a packed checkpoint is loaded, cluster after a plain one is."""
 
     quantization_config: KMQConfig
+    _tied: list[list[CodebookModule]]  # while a checkpoint is loaded: see `part_indices`
     _renamings = False  # whether the names of the checkpoint lead to those of the model by transformers' renamings only
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -37,11 +51,13 @@ class KMQQuantizer(HfQuantizer):
         if files := kwargs.get("checkpoint_files"):
             self._fit(model, [Path(file) for file in files])
         else:  # a state dict was given: there is no folder to look into
-            swap_empty(model, self.quantization_config)
+            self._tied = part_indices(swap_empty(model, self.quantization_config), set())
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
+            join_indices(self._tied)
+            self._tied = []
             mark_quantized(model, self.quantization_config)
         else:
             self.quantization_config = quantize_(model, self.quantization_config)
@@ -64,9 +80,10 @@ class KMQQuantizer(HfQuantizer):
             as_planned = as_planned and bits == weight.bits
             weight.bits = bits
         modules = swap(model, [weight for weight in weights if weight.bits is not None], config)
+        self._tied = part_indices(modules, set(contents.packed))
         if not as_planned:
             left = [name for weight in weights if weight.bits is None for name in weight.modules]
-            self.quantization_config = described(modules, left, config)
+            self.quantization_config = described(model, modules, left, config)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """A packed checkpoint is not joined or split while it is loaded, and has the names of its own modules."""

@@ -1,9 +1,19 @@
 """Layers whose weight is a trainable codebook and packed indices into it, and what runs them faster."""
 
-from .codebook import STORED, CodebookModule
+from .codebook import INDICES, STORED, CodebookModule
 from .decode_ahead import DecodeAhead
 from .embedding import CodebookEmbedding
-from .linear import CodebookLinear
+from .linear import CodebookConv1D, CodebookLinear, CodebookPointwise
 from .optimize import optimize_
 
-__all__ = ["STORED", "CodebookEmbedding", "CodebookLinear", "CodebookModule", "DecodeAhead", "optimize_"]
+__all__ = [
+    "INDICES",
+    "STORED",
+    "CodebookConv1D",
+    "CodebookEmbedding",
+    "CodebookLinear",
+    "CodebookModule",
+    "CodebookPointwise",
+    "DecodeAhead",
+    "optimize_",
+]

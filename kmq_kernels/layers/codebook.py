@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, packing
+from .decoded import LOST, guard
 
 STORED = ("codebook", "packed", "row_scale", "outlier_index", "outlier_values")
+# Those that do not train. They are buffers: what goes over parameters() (an optimizer, an average of weights, a loop that
+# unfreezes) must not meet them.
+INDICES = {"packed": torch.uint8, "outlier_index": torch.int32}
 
 
 class CodebookModule(nn.Module):
@@ -19,13 +23,15 @@ class CodebookModule(nn.Module):
     members; with "sum" it is the chain rule's. Where asked for, `row_scale` (rows,) multiplies the decoded rows, and
     `outlier_values` (n,) stand at the ascending flat positions `outlier_index` (n,) int32 instead of what is decoded there.
     Both train like a bias: a factor, or a value that stands for one weight, needs no other treatment than that weight had.
+    `replaces` is the plain layer whose place it took, without its tensors: what dequantize_ gives back.
     """
 
     codebook: nn.Parameter
-    packed: nn.Parameter
+    packed: Tensor
     row_scale: nn.Parameter | None
-    outlier_index: nn.Parameter | None
+    outlier_index: Tensor | None
     outlier_values: nn.Parameter | None
+    replaces: nn.Module | None = None
 
     def __init__(
         self,
@@ -40,26 +46,44 @@ class CodebookModule(nn.Module):
         outliers: int,
     ) -> None:
         super().__init__()
+        if not 1 <= bits <= 8:
+            raise ValueError(f"bits: expected 1 to 8, got {bits}")
+        if group_rows < 1:
+            raise ValueError(f"group_rows: expected at least 1, got {group_rows}")
+        if grad_reduction not in ("sum", "mean"):
+            raise ValueError(f"grad_reduction: expected 'sum' or 'mean', got {grad_reduction!r}")
+        if not 0 <= outliers <= max(rows * cols, 0):
+            raise ValueError(f"outliers: expected 0 to {rows * cols} of a weight of {rows} x {cols}, got {outliers}")
         if outliers and rows * cols > 2**31 - 1:
             raise ValueError(f"outliers: their positions are int32, got a weight of {rows} x {cols}")
         self.rows, self.cols, self.bits, self.group_rows, self.grad_reduction = rows, cols, bits, group_rows, grad_reduction
-        # The codebook comes first: callers take the dtype of a module from its first parameter.
         self.codebook = nn.Parameter(torch.zeros(-(-rows // group_rows), 2**bits, device=device, dtype=dtype))
-        empty = torch.zeros(rows, packing.row_bytes(cols, bits), device=device, dtype=torch.uint8)
-        # A parameter, not a buffer: transformers ties parameters only, and DDP broadcasts buffers at every forward.
-        self.packed = nn.Parameter(empty, requires_grad=False)
+        self.register_buffer("packed", torch.zeros(rows, packing.row_bytes(cols, bits), device=device, dtype=torch.uint8))
         self.row_scale = nn.Parameter(torch.ones(rows, device=device, dtype=dtype)) if row_scale else None
-        self.outlier_index = self.outlier_values = None
-        if outliers:
-            index = torch.zeros(outliers, device=device, dtype=torch.int32)
-            self.outlier_index = nn.Parameter(index, requires_grad=False)
-            self.outlier_values = nn.Parameter(torch.zeros(outliers, device=device, dtype=dtype))
+        self.register_buffer("outlier_index", torch.zeros(outliers, device=device, dtype=torch.int32) if outliers else None)
+        self.outlier_values = nn.Parameter(torch.zeros(outliers, device=device, dtype=dtype)) if outliers else None
         self._inverse_counts: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
-        """The weight (rows, cols) decoded, differentiable in the codebook; costs a decode at every access."""
-        if any(part.is_meta for part in self.stored().values()):  # from_pretrained looks at it before all is loaded
+        """The weight decoded, in the shape that the plain layer has it, differentiable in the codebook.
+
+        It costs a decode at every access. Writing into it raises RuntimeError: the layer has no such tensor.
+        """
+        weight = guard(self._shaped(self.decoded()))
+        if getattr(self.codebook, "_is_hf_initialized", False):  # transformers' mark for what was loaded and is not made anew
+            weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        return weight
+
+    @staticmethod
+    def _shaped(weight: Tensor) -> Tensor:
+        """(rows, cols) as the plain layer stores it."""
+        return weight
+
+    def decoded(self) -> Tensor:
+        """The weight (rows, cols), differentiable in the codebook: a new tensor."""
+        # from_pretrained looks at it before all is loaded
+        if self.packed is None or any(part.is_meta for part in self.stored().values()):
             return torch.empty(self.rows, self.cols, device="meta", dtype=self.codebook.dtype)
         weight = ops.dequantize(self.packed, self.trained_codebook(), self.cols, group_rows=self.group_rows)
         if self.row_scale is not None:
@@ -85,8 +109,8 @@ class CodebookModule(nn.Module):
             decoded = decoded * self.row_scale[row]
         return self.outlier_index, self.outlier_values - decoded
 
-    def stored(self) -> dict[str, nn.Parameter]:
-        """The parameters that make up the weight, by name: what a checkpoint holds of it, and what tied modules share."""
+    def stored(self) -> dict[str, Tensor]:
+        """The parameters and buffers that make up the weight, by name: what a checkpoint holds, and what tied modules share."""
         return {name: getattr(self, name) for name in STORED if getattr(self, name) is not None}
 
     def trained_codebook(self) -> Tensor:
@@ -101,9 +125,40 @@ class CodebookModule(nn.Module):
         fixed = self.codebook.detach()
         return fixed + (self.codebook - fixed) * self._inverse_counts.to(self.codebook.dtype)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(LOST)
+        if name in INDICES and isinstance(value, Tensor):
+            if value.dtype != INDICES[name]:
+                raise TypeError(f"{name}: expected {INDICES[name]}, got {value.dtype}")
+            if isinstance(value, nn.Parameter):
+                value = value.detach()
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CodebookModule:
+        """As for parameters, and unlike buffers elsewhere: a tensor stays the same object, so that tied layers stay tied."""
+        before = {name: self._buffers.get(name) for name in INDICES}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            now = self._buffers.get(name)
+            if tensor is None or now is None or now is tensor:
+                continue
+            if torch._has_compatible_shallow_copy_type(tensor, now):
+                tensor.data = now
+                self._buffers[name] = tensor
+        self._inverse_counts = None
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
+    ) -> None:
         self._inverse_counts = None  # the cluster sizes belong to the packed indices
-        super()._load_from_state_dict(*args, **kwargs)
+        for name, dtype in INDICES.items():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.dtype != dtype:  # it would be rounded without a word
+                errors.append(f"{prefix}{name}: expected {dtype}, got {given.dtype}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _extra(self) -> str:
         scale = "" if self.row_scale is None else ", row_scale=True"

@@ -17,7 +17,7 @@ from .linear import CodebookLinear
 
 
 class Watched:
-    """Modules and their parameters as they were; `same()` says whether nothing about them has changed since.
+    """Modules, their parameters and buffers as they were; `same()` says whether nothing about them has changed since.
 
     In-place writes are seen by the version that autograd counts, so those through `.data` are not, as autograd does not see them.
     Parameters made under torch.inference_mode have no version: they never count as the same.
@@ -26,9 +26,10 @@ class Watched:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = [(module.__dict__, tuple(module._modules.values())) for module in modules]
         self._parameters = [
-            (module["_parameters"], name, parameter, _version(parameter), parameter.data_ptr())
+            (module[kind], name, parameter, _version(parameter), parameter.data_ptr())
             for module, _ in self._modules
-            for name, parameter in module["_parameters"].items()
+            for kind in ("_parameters", "_buffers")
+            for name, parameter in module[kind].items()
             if parameter is not None
         ]
 

@@ -1,4 +1,4 @@
-"""CodebookLinear."""
+"""CodebookLinear, and its forms for layers that compute the same and store their weight in another shape."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CodebookLinear(CodebookModule):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        group_rows = group_rows or max(out_features, 1)
+        group_rows = max(out_features, 1) if group_rows is None else group_rows
         super().__init__(out_features, in_features, bits, group_rows, grad_reduction, device, dtype, row_scale, outliers)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
@@ -63,3 +63,28 @@ class CodebookLinear(CodebookModule):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self._extra()}"
+
+
+class CodebookConv1D(CodebookLinear):
+    """The Conv1D of transformers (GPT-2): a linear layer whose weight is stored (in_features, out_features)."""
+
+    @staticmethod
+    def _shaped(weight: Tensor) -> Tensor:
+        return weight.t()
+
+
+class CodebookPointwise(CodebookLinear):
+    """torch.nn.Conv1d of width 1, neither grouped nor strided nor padded: a linear layer over the channels of each position.
+
+    input: (N, in_features, L) or (in_features, L); returns (N, out_features, L) or (out_features, L), contiguous.
+    `weight` has the shape (out_features, in_features, 1).
+    """
+
+    @staticmethod
+    def _shaped(weight: Tensor) -> Tensor:
+        return weight[:, :, None]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() not in (2, 3):
+            raise ValueError(f"input: expected shape (N, C, L) or (C, L), got {tuple(input.shape)}")
+        return super().forward(input.transpose(-1, -2)).transpose(-1, -2).contiguous()

@@ -9,7 +9,7 @@ from ._info import OPS, build_info
 from .assign import assign, update
 from .clustering import kmeans
 from .codes import dequantize, pack, unpack
-from .embedding import codebook_embedding
+from .embedding import codebook_embedding, codebook_embedding_of_layer, padding_row
 from .encoder import compile_encoder, has_compiled_encoder
 from .gradients import codebook_grad
 from .int8 import INT8_COLS, int8_codebook, int8_linear
@@ -22,6 +22,7 @@ __all__ = [
     "assign",
     "build_info",
     "codebook_embedding",
+    "codebook_embedding_of_layer",
     "codebook_grad",
     "codebook_linear",
     "codebook_linear_of_layer",
@@ -33,6 +34,7 @@ __all__ = [
     "int8_linear",
     "kmeans",
     "pack",
+    "padding_row",
     "sparse_embedding",
     "sparse_linear",
     "unpack",

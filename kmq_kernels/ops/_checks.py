@@ -38,6 +38,7 @@ def expect_centroids(num_centroids: int, most: int = 256) -> None:
 
 def expect_packed(packed: Tensor, cols: int, num_centroids: int) -> None:
     """The packed matrix fits `cols` columns of log2(num_centroids) bits."""
+    num_centroids = int(num_centroids)  # torch.jit.trace has a tensor here
     bits = num_centroids.bit_length() - 1
     if num_centroids != 2**bits or not 1 <= bits <= 8:
         raise ValueError(f"num_centroids: expected a power of two from 2 to 256, got {num_centroids}")

@@ -82,7 +82,7 @@ def _(packed: Tensor, codebook: Tensor, cols: int, group_rows: int) -> Tensor:
 
 def _save_dequantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     packed, codebook, _, group_rows = inputs
-    ctx.save_for_backward(packed)
+    ctx.save_for_backward(packed.data)
     ctx.codebook_shape, ctx.codebook_dtype, ctx.group_rows = codebook.shape, codebook.dtype, group_rows
 
 

@@ -43,7 +43,7 @@ def _(
 
 def _save_codebook_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ids, packed, codebook, _, group_rows, padding_idx = inputs
-    ctx.save_for_backward(ids, packed)
+    ctx.save_for_backward(ids, packed.data)
     ctx.codebook_shape, ctx.codebook_dtype = codebook.shape, codebook.dtype
     ctx.group_rows, ctx.padding_idx = group_rows, padding_idx
 
@@ -55,6 +55,42 @@ def _grad_codebook_embedding(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("kmq::codebook_embedding", _grad_codebook_embedding, setup_context=_save_codebook_embedding)
+
+
+def _save_codebook_embedding_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, ids, packed, _, _, group_rows, padding_idx = inputs
+    ctx.save_for_backward(ids, packed.data)
+    ctx.dtype, ctx.cols, ctx.group_rows, ctx.padding_idx = grad_output.dtype, grad_output.shape[-1], group_rows, padding_idx
+
+
+def _grad_codebook_embedding_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """It is linear in grad_output: its gradient is the embedding of the codebook `grad`, nothing at the padding."""
+    ids, packed = ctx.saved_tensors
+    out = kmq.codebook_embedding(ids, packed, grad, ctx.cols, ctx.group_rows, ctx.padding_idx).to(ctx.dtype)
+    return out.masked_fill((ids == ctx.padding_idx)[..., None], 0.0), None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "kmq::codebook_embedding_grad", _grad_codebook_embedding_grad, setup_context=_save_codebook_embedding_grad
+)
+
+
+def padding_row(padding_idx: int | None, rows: int) -> int | None:
+    """`padding_idx` as torch.nn.Embedding takes it, negative from the end, as a row; raises ValueError outside the rows."""
+    if padding_idx is None:
+        return None
+    if not -rows <= padding_idx < rows:
+        raise ValueError(f"padding_idx: expected one of the {rows} rows, got {padding_idx}")
+    return padding_idx % rows
+
+
+def codebook_embedding_of_layer(
+    ids: Tensor, packed: Tensor, codebook: Tensor, cols: int, group_rows: int, padding_idx: int | None
+) -> Tensor:
+    """As `codebook_embedding` with the parameters of one layer, which fit each other and `cols`: only `ids` is checked."""
+    if ids.dtype not in (torch.int64, torch.int32) or ids.device != packed.device:
+        _check_codebook_embedding(ids, packed, codebook, cols, group_rows)
+    return kmq.codebook_embedding(ids, packed, codebook, cols, group_rows, -1 if padding_idx is None else padding_idx)
 
 
 def codebook_embedding(
@@ -70,10 +106,11 @@ def codebook_embedding(
 
     ids: any shape, int64 or int32, each in [0, rows); packed: (rows, row_bytes) uint8; codebook: (G, K) floating point;
     cols: columns of the weight; group_rows: rows that share a codebook, default ceil(rows / G); padding_idx: the row that
-    takes no part in the gradient. Returns (*ids.shape, cols) in the codebook's dtype.
+    takes no part in the gradient, negative counts from the end. Returns (*ids.shape, cols) in the codebook's dtype.
     Raises IndexError for an id out of range (on CUDA an assertion stops the kernel, as for torch.nn.functional.embedding, and the
     error comes with the next synchronization), TypeError or ValueError where the rest does not fit.
     """
     group_rows = even_group_rows(packed, codebook.shape[0], group_rows)
     _check_codebook_embedding(ids, packed, codebook, cols, group_rows)
-    return kmq.codebook_embedding(ids, packed, codebook, cols, group_rows, -1 if padding_idx is None else padding_idx)
+    padding = padding_row(padding_idx, packed.shape[0])
+    return kmq.codebook_embedding(ids, packed, codebook, cols, group_rows, -1 if padding is None else padding)

@@ -1,5 +1,7 @@
 """codebook_grad: the scatter-add of a weight gradient into its codebook."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,21 @@ def _check_codebook_grad(grad: Tensor, packed: Tensor, num_codebooks: int, num_c
 def _(grad: Tensor, packed: Tensor, num_codebooks: int, num_centroids: int, group_rows: int) -> Tensor:
     _check_codebook_grad(grad, packed, num_codebooks, num_centroids, group_rows)
     return grad.new_empty(num_codebooks, num_centroids, dtype=reference.wide(grad.dtype))
+
+
+def _save_codebook_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, packed, _, _, group_rows = inputs
+    ctx.save_for_backward(packed.data)
+    ctx.dtype, ctx.cols, ctx.group_rows = grad.dtype, grad.shape[1], group_rows
+
+
+def _grad_codebook_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """It is linear: its gradient is the weight that the codebook `grad` gives."""
+    (packed,) = ctx.saved_tensors
+    return kmq.dequantize(packed, grad, ctx.cols, ctx.group_rows).to(ctx.dtype), None, None, None, None
+
+
+torch.library.register_autograd("kmq::codebook_grad", _grad_codebook_grad, setup_context=_save_codebook_grad)
 
 
 def codebook_grad(

@@ -54,7 +54,7 @@ def _(grad_output: Tensor, input: Tensor, packed: Tensor, num_codebooks: int, nu
 
 def _save_codebook_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, packed, codebook, bias, group_rows = inputs
-    ctx.save_for_backward(input if ctx.needs_input_grad[2] else None, packed, codebook)
+    ctx.save_for_backward(input if ctx.needs_input_grad[2] else None, packed.data, codebook)
     ctx.cols, ctx.group_rows = input.shape[-1], group_rows
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -73,6 +73,47 @@ def _grad_codebook_linear(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("kmq::codebook_linear", _grad_codebook_linear, setup_context=_save_codebook_linear)
+
+
+# The gradients are bilinear, and their own gradients are the same three ops again.
+
+
+def _save_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, packed, codebook, _, group_rows = inputs
+    ctx.save_for_backward(grad_output if ctx.needs_input_grad[2] else None, packed.data, codebook)
+    ctx.group_rows = group_rows
+
+
+def _grad_input_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_output, packed, codebook = ctx.saved_tensors
+    first = third = None
+    if ctx.needs_input_grad[0]:
+        first = kmq.codebook_linear(grad, packed, codebook, None, ctx.group_rows)
+    if ctx.needs_input_grad[2]:
+        third = kmq.codebook_linear_grad(grad_output, grad, packed, *codebook.shape, ctx.group_rows).to(codebook.dtype)
+    return first, None, third, None, None
+
+
+torch.library.register_autograd("kmq::codebook_linear_input_grad", _grad_input_grad, setup_context=_save_input_grad)
+
+
+def _save_codebook_linear_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, input, packed, _, _, group_rows = inputs
+    ctx.save_for_backward(grad_output, input, packed.data)
+    ctx.group_rows = group_rows
+
+
+def _grad_codebook_linear_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_output, input, packed = ctx.saved_tensors
+    first = second = None
+    if ctx.needs_input_grad[0]:
+        first = kmq.codebook_linear(input, packed, grad, None, ctx.group_rows).to(grad_output.dtype)
+    if ctx.needs_input_grad[1]:
+        second = kmq.codebook_linear_input_grad(grad_output, packed, grad, input.shape[-1], ctx.group_rows).to(input.dtype)
+    return first, second, None, None, None, None
+
+
+torch.library.register_autograd("kmq::codebook_linear_grad", _grad_codebook_linear_grad, setup_context=_save_codebook_linear_grad)
 _codebook_linear = kmq.codebook_linear.default
 
 

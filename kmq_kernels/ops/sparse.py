@@ -47,7 +47,7 @@ def _(grad_output: Tensor, input: Tensor, index: Tensor) -> Tensor:
 
 def _save_sparse_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, index, values, _ = inputs
-    ctx.save_for_backward(input if ctx.needs_input_grad[2] else None, index, values)
+    ctx.save_for_backward(input if ctx.needs_input_grad[2] else None, index.data, values)
     ctx.cols = input.shape[-1]
 
 
@@ -62,6 +62,45 @@ def _grad_sparse_linear(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("kmq::sparse_linear", _grad_sparse_linear, setup_context=_save_sparse_linear)
+
+
+# The gradients are bilinear, and their own gradients are these ops again.
+
+
+def _save_sparse_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, index, values, _ = inputs
+    ctx.save_for_backward(grad_output, index.data, values)
+
+
+def _grad_sparse_input_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_output, index, values = ctx.saved_tensors
+    first = third = None
+    if ctx.needs_input_grad[0]:
+        first = kmq.sparse_linear(grad, index, values, grad_output.shape[-1])
+    if ctx.needs_input_grad[2]:
+        third = kmq.sparse_linear_grad(grad_output, grad, index).to(values.dtype)
+    return first, None, third, None
+
+
+torch.library.register_autograd("kmq::sparse_linear_input_grad", _grad_sparse_input_grad, setup_context=_save_sparse_input_grad)
+
+
+def _save_sparse_linear_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, input, index = inputs
+    ctx.save_for_backward(grad_output, input, index.data)
+
+
+def _grad_sparse_linear_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_output, input, index = ctx.saved_tensors
+    first = second = None
+    if ctx.needs_input_grad[0]:
+        first = kmq.sparse_linear(input, index, grad, grad_output.shape[-1]).to(grad_output.dtype)
+    if ctx.needs_input_grad[1]:
+        second = kmq.sparse_linear_input_grad(grad_output, index, grad, input.shape[-1]).to(input.dtype)
+    return first, second, None
+
+
+torch.library.register_autograd("kmq::sparse_linear_grad", _grad_sparse_linear_grad, setup_context=_save_sparse_linear_grad)
 
 
 def sparse_linear(input: Tensor, index: Tensor, values: Tensor, rows: int) -> Tensor:
@@ -90,7 +129,7 @@ def _(grad_output: Tensor, ids: Tensor, index: Tensor, padding_idx: int) -> Tens
 
 def _save_sparse_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ids, index, values, _, padding_idx = inputs
-    ctx.save_for_backward(ids, index)
+    ctx.save_for_backward(ids, index.data)
     ctx.dtype, ctx.padding_idx = values.dtype, padding_idx
 
 
@@ -100,6 +139,23 @@ def _grad_sparse_embedding(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("kmq::sparse_embedding", _grad_sparse_embedding, setup_context=_save_sparse_embedding)
+
+
+def _save_sparse_embedding_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, ids, index, padding_idx = inputs
+    ctx.save_for_backward(ids, index.data)
+    ctx.dtype, ctx.cols, ctx.padding_idx = grad_output.dtype, grad_output.shape[-1], padding_idx
+
+
+def _grad_sparse_embedding_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    ids, index = ctx.saved_tensors
+    out = kmq.sparse_embedding(ids, index, grad, ctx.cols, ctx.padding_idx).to(ctx.dtype)
+    return out.masked_fill((ids == ctx.padding_idx)[..., None], 0.0), None, None, None
+
+
+torch.library.register_autograd(
+    "kmq::sparse_embedding_grad", _grad_sparse_embedding_grad, setup_context=_save_sparse_embedding_grad
+)
 
 
 def sparse_embedding(ids: Tensor, index: Tensor, values: Tensor, cols: int, *, padding_idx: int | None = None) -> Tensor:

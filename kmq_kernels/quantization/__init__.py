@@ -4,11 +4,13 @@ from .allocation import BITS, BudgetError, by_eigenvalue, distortion_curves, lea
 from .budget import check_budget
 from .config import PRESETS, QUANT_METHOD, KMQConfig, name_matches
 from .encoding import encode_weights, encoded_bytes
+from .heads import classification_layers
 from .marking import described, mark_quantized
-from .plan import HEADS, Plan, Weight, plan
+from .plan import Plan, plan, remarks
 from .quantize import quantize_
 from .size import ModelSize, model_size
-from .swap import dequantize_, swap, swap_empty
+from .swap import dequantize_, join_indices, part_indices, swap, swap_empty
+from .weights import Weight
 
 __all__ = [
     "BITS",
@@ -27,12 +29,15 @@ __all__ = [
     "distortion_curves",
     "encode_weights",
     "encoded_bytes",
+    "join_indices",
     "least_error",
     "mark_quantized",
     "model_size",
     "name_matches",
+    "part_indices",
     "plan",
     "quantize_",
+    "remarks",
     "swap",
     "swap_empty",
 ]

@@ -11,7 +11,8 @@ from . import allocation
 from ._progress import weight_bar
 from .config import KMQConfig
 from .encoding import encoded_bytes
-from .plan import Weight, plan
+from .plan import plan
+from .weights import Weight, as_matrix
 
 
 def _exactly(name: str, model: nn.Module) -> str:
@@ -33,9 +34,9 @@ def _budget(model: nn.Module, config: KMQConfig, weights: list[Weight]) -> tuple
 
     def cost(weight: Weight, bits: int) -> int:
         rows, cols = weight.tensor.shape
-        return encoded_bytes(rows, cols, bits, config, weight.tensor.element_size())
+        return encoded_bytes(rows, cols, bits, config, weight.source.element_size())
 
-    quantized = {id(weight.tensor) for weight in weights}
+    quantized = {id(original) for weight in weights for original in weight.originals}
     others = [p for p in model.parameters() if id(p) not in quantized]
     taken = sum(p.numel() * p.element_size() for p in others)
     taken += sum(cost(weight, weight.bits or 0) for weight in weights if weight.given)
@@ -77,9 +78,9 @@ def allocate_bits(
     else:
         with weight_bar("distortion at 1 to 8 bits", [weight.tensor for weight in free], progress) as bar:
             curves = allocation.distortion_curves(
-                [weight.tensor.detach() for weight in free],
+                [weight.tensor.contiguous() for weight in free],
                 config,
-                importance=[importance.get(weight.name) for weight in free] if config.allocation == "fisher" else None,
+                importance=[as_matrix(weight, importance) for weight in free] if config.allocation == "fisher" else None,
                 names=[weight.parameter for weight in free],
                 on_done=lambda i: bar.update(free[i].tensor.numel()) and None,
             )

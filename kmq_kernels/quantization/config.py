@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any, Literal, get_args
 
+import numpy as np
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..clustering import Algorithm, Init, Scheme
@@ -95,12 +96,20 @@ class KMQConfig(QuantizationConfigMixin):
     row_scale: bool = False
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # the base class knows its own methods only
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> KMQConfig:
+        """Notes which values are given: one that is given is never overruled by a preset, be it the default's."""
+        config = super().__new__(cls)
+        names = [field.name for field in dataclasses.fields(cls)]
+        config.__dict__["_given"] = {*names[: len(args)], *kwargs}
+        return config
+
     def __post_init__(self) -> None:
+        given = self.__dict__.pop("_given")
+        self._plain_values()
         if self.preset is not None:
             self._expect("preset", tuple(PRESETS))
-            defaults = {field.name: field.default for field in dataclasses.fields(self)}
             for name, value in PRESETS[self.preset].items():
-                if getattr(self, name) not in (defaults[name], value):
+                if name in given and getattr(self, name) != value:
                     raise ValueError(f"{name}: preset {self.preset!r} sets {value!r}, got {getattr(self, name)!r} as well")
                 setattr(self, name, value)
         self._expect("scheme", get_args(Scheme))
@@ -114,6 +123,18 @@ class KMQConfig(QuantizationConfigMixin):
         self._expect_integer("bits", self.bits, 1, 8)
         self._expect_integer("group_rows", self.group_rows, 1, None)
         self._expect_integer("max_iter", self.max_iter, 1, None)
+        self._expect_integer("seed", self.seed, 0, None)
+        for name in ("tol", "outlier_fraction", "bits_per_weight"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float, type(None) if name == "bits_per_weight" else float)):
+                raise ValueError(f"{name}: expected a number, got {value!r}")
+        if not isinstance(self.row_scale, bool):
+            raise ValueError(f"row_scale: expected True or False, got {self.row_scale!r}")
+        if self.skip is not None and not isinstance(self.skip, (list, tuple)):
+            raise ValueError(f"skip: expected a list of patterns, got {self.skip!r}")
+        if self.module_bits is not None and not isinstance(self.module_bits, dict):
+            raise ValueError(f"module_bits: expected a dict of patterns and bits, got {self.module_bits!r}")
+        self.skip = None if self.skip is None else list(self.skip)  # JSON knows no other
         for pattern, bits in (self.module_bits or {}).items():
             self._expect_pattern("module_bits", pattern)
             self._expect_integer(f"module_bits[{pattern!r}]", bits, 1, 8)
@@ -134,8 +155,18 @@ class KMQConfig(QuantizationConfigMixin):
         if self.weighting == "fisher" and self.scheme == "linear":
             raise ValueError("weighting: the linear scheme takes no weights, expected 'none'")
 
+    def _plain_values(self) -> None:
+        """NumPy's numbers as Python's, which JSON can hold."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                setattr(self, field.name, value.item())
+        if isinstance(self.module_bits, dict):
+            bits = self.module_bits.items()
+            self.module_bits = {key: value.item() if isinstance(value, np.generic) else value for key, value in bits}
+
     def _expect(self, name: str, known: tuple[str, ...]) -> None:
-        if getattr(self, name) not in known:
+        if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
 
     @staticmethod
@@ -146,10 +177,21 @@ class KMQConfig(QuantizationConfigMixin):
 
     @staticmethod
     def _expect_pattern(name: str, pattern: str) -> None:
+        if not isinstance(pattern, str):
+            raise ValueError(f"{name}: expected patterns as strings, got {pattern!r}")
         try:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+
+    @classmethod
+    def of(cls, config: KMQConfig | dict[str, Any]) -> KMQConfig:
+        """`config` itself, or from a dict of fields."""
+        if isinstance(config, cls):
+            return config
+        if not isinstance(config, dict):
+            raise ValueError(f"config: expected a KMQConfig or a dict of its fields, got {type(config).__name__}")
+        return cls.from_dict(config)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from ..layers import STORED, CodebookModule
+from ..layers import INDICES, STORED, CodebookModule
 from .config import QUANT_METHOD, KMQConfig, name_matches
-from .plan import HEADS
+from .heads import classification_layers
 
 
 def _inside(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -34,9 +34,9 @@ def retie(model: nn.Module, new: dict[str, nn.Module]) -> None:
     for prefix, part in _inside(model):
         below = {name.removeprefix(f"{prefix}."): m for name, m in new.items() if not prefix or name.startswith(f"{prefix}.")}
         ties = _renamed(getattr(part, "all_tied_weights_keys", None), below)
+        if ties is not None:  # transformers ties parameters by this list; by the other one it also leaves out what is tied
+            part.all_tied_weights_keys = {k: v for k, v in ties.items() if k.rpartition(".")[2] not in INDICES}
         patterns = _renamed(getattr(part, "_tied_weights_keys", None), below)
-        if ties is not None:
-            part.all_tied_weights_keys = ties
         if patterns is None:
             continue
         # A pattern for all that lies in a module can name its weights: then it misses the parts that took their place.
@@ -84,7 +84,7 @@ def mark_quantized(model: nn.Module, config: KMQConfig) -> None:
         modules = {n: module for n, module in part.named_modules() if isinstance(module, CodebookModule)}
         if not modules:
             continue
-        own = _below(name, modules, config) if name else config
+        own = _below(part, name, modules, config) if name else config
         if id(part.config) not in described:  # an inner model often has the configuration of the outer one
             part.config.quantization_config = own
             described.add(id(part.config))
@@ -98,18 +98,18 @@ def mark_quantized(model: nn.Module, config: KMQConfig) -> None:
         part._weight_conversions = []
 
 
-def _below(prefix: str, modules: dict[str, CodebookModule], config: KMQConfig) -> KMQConfig:
+def _below(part: nn.Module, prefix: str, modules: dict[str, CodebookModule], config: KMQConfig) -> KMQConfig:
     """The configuration of a model at `prefix`: names without that prefix, and bits that need no pattern of the outer model."""
     left = [name.removeprefix(f"{prefix}.") for name in config.skip or [] if name.startswith(f"{prefix}.")]
-    return described(modules, left, config)
+    return described(part, modules, left, config)
 
 
-def described(modules: dict[str, CodebookModule], left: list[str], config: KMQConfig) -> KMQConfig:
-    """The configuration under which exactly `modules`, and not `left`, are quantized, each with the bits it has."""
+def described(model: nn.Module, modules: dict[str, CodebookModule], left: list[str], config: KMQConfig) -> KMQConfig:
+    """The configuration of `model` under which exactly `modules`, and not `left`, are quantized, each with the bits it has."""
+    heads = classification_layers(model)
 
     def by_itself(name: str, module: CodebookModule) -> bool:
-        patterns = (*HEADS, *left)
-        return module.bits == config.bits and not any(name_matches(pattern, name) for pattern in patterns)
+        return module.bits == config.bits and name not in heads and not any(name_matches(pattern, name) for pattern in left)
 
     bits = {f"^{re.escape(name)}$": module.bits for name, module in modules.items() if not by_itself(name, module)}
     return dataclasses.replace(config, skip=left, module_bits=bits or None, bits_per_weight=None, size=None)

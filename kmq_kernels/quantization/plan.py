@@ -1,57 +1,23 @@
-"""Which weights of a model are quantized, and with how many bits: one record a weight, which the later steps carry on."""
+"""Which weights of a model are quantized, and with how many bits; what is said about those that are not."""
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
-from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from ..layers import CodebookModule
 from .config import KMQConfig, name_matches
-from .encoding import EncodedWeight
+from .heads import classification_layers
+from .weights import OWN_CLASS, Weight, find_weights, kind_of
 
-# The classification layers of the architectures, by name: what maps features to classes, labels, spans or the vocabulary.
-# A pooler, DistilBERT's pre_classifier and the transform before a vocabulary decoder are ordinary linear layers.
-HEADS = (
-    "classifier",  # BERT, ALBERT, DistilBERT, DeBERTa; with its dense and out_proj in RoBERTa, ELECTRA, MPNet
-    "score",
-    "qa_outputs",
-    "sop_classifier",  # ALBERT
-    r"cls\.seq_relationship",  # BERT
-    r"(?:cls\.)?predictions\.decoder",  # BERT, ALBERT
-    r"lm_head\.decoder",  # RoBERTa, MPNet
-    "vocab_projector",  # DistilBERT
-    "generator_lm_head",  # ELECTRA
-    r"discriminator_predictions\.dense_prediction",  # ELECTRA
-    "lm_head",
-)
-
-
-@dataclasses.dataclass
-class Weight:
-    """One weight on its way: `plan` makes the record, a budget may change `bits`, encoding fills `encoded`, the swap ends it."""
-
-    modules: dict[str, nn.Module]  # all layers that have it, by name; the first name stands for it
-    bits: int | None = None  # None: it stays as it is
-    left: str = ""  # why it stays
-    given: bool = False  # whether `module_bits` says the bits
-    encoded: EncodedWeight | None = None
-
-    @property
-    def name(self) -> str:
-        """The name that stands for it: of the first layer that has it."""
-        return next(iter(self.modules))
-
-    @property
-    def tensor(self) -> Tensor:
-        """The weight itself, (rows, cols)."""
-        return cast(Tensor, next(iter(self.modules.values())).weight)
-
-    @property
-    def parameter(self) -> str:
-        """What errors call it."""
-        return f"{self.name}.weight"
+SKIPPED = "named in `skip`"
+HEAD = "a classification layer"
+SHARE = 0.05  # of the matrix weights: what is said when more than this stays
+NAMED = 3  # layers that a sentence names before it counts the rest
 
 
 @dataclasses.dataclass
@@ -59,6 +25,7 @@ class Plan:
     """Every weight of a model that could be quantized, in the order of the model, and what becomes of it."""
 
     weights: list[Weight]
+    unmatched: list[str]  # patterns of the configuration that match no such layer
 
     @property
     def quantized(self) -> list[Weight]:
@@ -71,44 +38,104 @@ class Plan:
         return [name for weight in self.weights if weight.bits is None for name in weight.modules]
 
 
-def _quantizable(module: nn.Module) -> bool:
-    """A plain linear or embedding layer: a subclass with a forward of its own may use its weight in ways not known here."""
-    plain = (nn.Linear.forward, nn.Embedding.forward)
-    return isinstance(module, (nn.Linear, nn.Embedding)) and type(module).forward in plain
-
-
-def _weights(model: nn.Module) -> Iterator[Weight]:
-    """A record a weight; layers that share it, by identity or (on the meta device) by transformers' list of ties, are one."""
-    found: dict[int, Weight] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if _quantizable(module):
-            found.setdefault(id(module.weight), Weight({})).modules[name] = module
-    by_name = {name: weight for weight in found.values() for name in weight.modules}
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        one, other = (by_name.get(key.removesuffix(".weight")) for key in (source, target))
-        if one is not None and other is not None and one is not other:
-            one.modules.update(other.modules)
-            by_name.update(dict.fromkeys(other.modules, one))
-    return iter({id(weight): weight for weight in by_name.values()}.values())
-
-
 def plan(model: nn.Module, config: KMQConfig) -> Plan:
-    """Decides from names and types alone (the model may be on the meta device) which weights are quantized and how."""
-    weights = []
-    for weight in _weights(model):
-        weights.append(weight)
-        explicit = [bits for bits, said in map(config.bits_for, weight.modules) if said]
-        if explicit:
-            weight.bits, weight.given = explicit[0], True
-        elif any(name_matches(pattern, name) for pattern in config.skip or [] for name in weight.modules):
-            weight.left = "skip"
+    """Decides from names, types and attributes (the model may be on the meta device) which weights are quantized and how.
+
+    Raises ValueError where `model` is itself a layer, which nobody could replace in place.
+    """
+    if kind_of(model) is not None or isinstance(model, CodebookModule):
+        raise ValueError(
+            f"model: a {type(model).__name__} by itself cannot be replaced in place; put it in a module, such as nn.Sequential"
+        )
+    weights, heads = find_weights(model), classification_layers(model)
+    prefix = getattr(model, "base_model_prefix", "")
+    prefix = prefix if isinstance(prefix, str) and prefix and not hasattr(model, prefix) else ""
+
+    def names(weight: Weight) -> Iterator[str]:
+        """What patterns can match: in a base model also the names that its layers have below a task's class."""
+        for name in weight.modules:
+            yield name
+            if prefix:
+                yield f"{prefix}.{name}"
+
+    for weight in weights:
+        given = [bits for bits, said in map(config.bits_for, names(weight)) if said]
+        if weight.left:
             continue
-        elif all(any(name_matches(head, name) for head in HEADS) for name in weight.modules):
-            weight.left = "a classification layer"  # one tied to an embedding goes with the embedding
-            continue
+        if given:
+            weight.bits, weight.given = given[0], True
+        elif any(name_matches(pattern, name) for pattern in config.skip or [] for name in names(weight)):
+            weight.left = SKIPPED
+        elif heads.issuperset(weight.modules):
+            weight.left = HEAD  # one tied to an embedding goes with the embedding
         else:
             weight.bits = config.bits
-        for name, module in weight.modules.items():
-            if isinstance(module, nn.Embedding) and module.max_norm is not None:
-                raise ValueError(f"{name}: an embedding with max_norm changes its weight in forward and cannot be quantized")
-    return Plan(weights)
+    known = [name for weight in weights for name in names(weight)]
+    patterns = [*(config.skip or []), *(config.module_bits or {})]
+    return Plan(weights, [pattern for pattern in patterns if not any(name_matches(pattern, name) for name in known)])
+
+
+def remarks(model: nn.Module, chosen: Plan) -> list[str]:
+    """Sentences about what the caller may not expect: patterns without a match, layers that stay, norms that are resolved."""
+    said = []
+    if chosen.unmatched:
+        said.append(f"skip, module_bits: {_list(map(repr, chosen.unmatched))} matches no embedding or linear layer of the model")
+    reasons: dict[str, list[str]] = {}
+    for weight in chosen.weights:
+        if weight.left not in ("", SKIPPED, HEAD, OWN_CLASS):
+            reasons.setdefault(weight.left, []).extend(weight.modules)
+    if reasons:
+        parts = [f"{_list(layers)} ({reason})" for reason, layers in reasons.items()]
+        said.append(f"layers that stay as they are: {'; '.join(parts)}")
+    if resolved := {name: weight.computed for weight in chosen.quantized if weight.computed for name in weight.modules}:
+        said.append(f"{_list(resolved)}: the weight is quantized as {next(iter(resolved.values()))} gives it, which is then gone")
+    if share := _share_left(model, chosen):
+        said.append(share)
+    wrapped = [type(module).__name__ for module in model.modules() if type(module).__name__ in _REDUCERS]
+    if wrapped:
+        said.append(f"{wrapped[0]}: it was built on the weights that are replaced now and does not reduce the gradients of")
+        said[-1] += " codebooks; to train, quantize the model before it is wrapped"
+    return said
+
+
+_REDUCERS = ("DistributedDataParallel", "FullyShardedDataParallel")
+
+
+def warn(model: nn.Module, chosen: Plan) -> None:
+    """Says the remarks, each as one warning, at the caller of quantize_."""
+    for sentence in remarks(model, chosen):
+        warnings.warn(sentence, stacklevel=3)
+
+
+def _list(names: Iterator[str] | list[str] | dict[str, str]) -> str:
+    """The first few, and how many more."""
+    every = list(names)
+    more = f" and {len(every) - NAMED} more" if len(every) > NAMED else ""
+    return ", ".join(every[:NAMED]) + more
+
+
+def _share_left(model: nn.Module, chosen: Plan) -> str:
+    """What share of the values in matrices stays as it is, and where; "" where it is small or asked for by `skip`."""
+    done = {id(original) for weight in chosen.quantized for original in weight.originals}
+    asked = {id(original) for weight in chosen.weights if weight.left == SKIPPED for original in weight.originals}
+    sizes: dict[str, int] = {}
+    total = 0
+    seen = set()
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is None or id(parameter) in seen or _dim(parameter) < 2:
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel()
+            if id(parameter) not in done | asked:
+                called = f"{name} ({type(module).__name__})"
+                sizes[called] = sizes.get(called, 0) + parameter.numel()
+    left = sum(sizes.values())
+    if left <= SHARE * total:
+        return ""
+    return f"{left / total:.0%} of the matrix weights stay in floating point: {_list(sorted(sizes, key=sizes.__getitem__)[::-1])}"
+
+
+def _dim(parameter: nn.Parameter) -> int:
+    uninitialized = isinstance(parameter, UninitializedTensorMixin)
+    return 0 if uninitialized or not parameter.is_floating_point() else parameter.dim()

@@ -7,6 +7,7 @@ The way of a weight: `plan` makes a record of it (plan.py), a budget sets its bi
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,13 +17,14 @@ from .budget import allocate_bits
 from .config import KMQConfig
 from .encoding import encode_weights
 from .marking import mark_quantized
-from .plan import Weight, plan
+from .plan import plan, remarks, warn
 from .swap import swap
+from .weights import Weight, as_matrix
 
 
 def quantize_(
     model: nn.Module,
-    config: KMQConfig,
+    config: KMQConfig | dict[str, Any],
     *,
     sample_weight: dict[str, Tensor] | None = None,
     eigenvalues: dict[str, float] | None = None,
@@ -30,21 +32,28 @@ def quantize_(
 ) -> KMQConfig:
     """Clusters every embedding and linear weight except the classification layer, and swaps in codebook modules, in place.
 
-    model: any torch module; a transformers model can be saved with `save_pretrained` afterwards. config: see KMQConfig.
-    sample_weight: importance of each weight, {module name: (rows, cols) not negative}, default all equal; allocation and
-    weighting "fisher" need it, see `sensitivity.importance`. eigenvalues: largest one of the Hessian of each weight,
-    {module name: value}, for allocation "hessian". progress: a progress bar; None shows one where the work is long.
+    model: any torch module; a transformers model can be saved with `save_pretrained` afterwards. config: see KMQConfig; a dict of
+    its fields will do. sample_weight: importance of each weight, {module name: a tensor like it, not negative}, default equal;
+    allocation and weighting "fisher" need it, see `sensitivity.importance`. eigenvalues: largest one of the Hessian of each
+    weight, {module name: value}, for allocation "hessian". progress: a progress bar; None shows one where the work is long.
     Returns the config with `skip` resolved to the layers that were left and, where there was a budget, `module_bits` to the
-    bits chosen. A weight that several modules share is clustered once and stays shared. Raises ValueError naming the parameter
-    for NaN, Inf or an empty weight, where the model is quantized already, where the config needs figures that were not given,
-    and BudgetError for a budget that cannot be met, with the smallest possible; the model is then as it was.
+    bits chosen. A weight that several modules share is clustered once and stays shared. Hooks, attributes, options and whether a
+    weight trains are carried over; a layer where that cannot be done stays as it is, and a warning names it. Warnings also say
+    which patterns match nothing, and how much stays in floating point where it is more than 5 %.
+    Raises ValueError naming the parameter for NaN, Inf or an empty weight, where the model is quantized already, is one layer or
+    is on the meta device, where the config needs figures that were not given, and BudgetError for a budget that cannot be met,
+    with the smallest possible; the model is then as it was.
     """
     if any(isinstance(module, CodebookModule) for module in model.modules()):
         raise ValueError("model: it is quantized already; use dequantize_ first")
-    weights = plan(model, config)
-    chosen = weights.quantized
+    config = KMQConfig.of(config)
+    found = plan(model, config)
+    chosen = found.quantized
     if not chosen:
-        raise ValueError("model: it has no embedding or linear layer to quantize")
+        why = "".join(f"; {sentence}" for sentence in remarks(model, found))
+        raise ValueError(f"model: it has no embedding or linear layer to quantize{why}")
+    if on_meta := [weight.parameter for weight in chosen if weight.source.is_meta]:
+        raise ValueError(f"model: {on_meta[0]} is on the meta device; load its values before it is quantized")
     for what, given in (("sample_weight", sample_weight), ("eigenvalues", eigenvalues)):
         if unknown := sorted(set(given or {}) - {weight.name for weight in chosen}):
             raise ValueError(f"{what}: {unknown[0]} is not a weight that is quantized")
@@ -53,8 +62,9 @@ def quantize_(
     if config.has_budget:
         config = allocate_bits(model, config, chosen, sample_weight or {}, eigenvalues, progress)
     _encode(chosen, config, sample_weight, progress)
+    warn(model, found)
     swap(model, chosen, config)
-    resolved = dataclasses.replace(config, skip=weights.left)
+    resolved = dataclasses.replace(config, skip=found.left)
     mark_quantized(model, resolved)
     return resolved
 
@@ -62,10 +72,10 @@ def quantize_(
 def _encode(chosen: list[Weight], config: KMQConfig, sample_weight: dict[str, Tensor] | None, progress: bool | None) -> None:
     with weight_bar("clustering", [weight.tensor for weight in chosen], progress) as bar:
         encoded = encode_weights(
-            [weight.tensor.detach() for weight in chosen],
+            [weight.tensor.contiguous() for weight in chosen],
             [weight.bits or 0 for weight in chosen],
             config,
-            importance=None if sample_weight is None else [sample_weight.get(weight.name) for weight in chosen],
+            importance=None if sample_weight is None else [as_matrix(weight, sample_weight) for weight in chosen],
             names=[weight.parameter for weight in chosen],
             on_done=lambda i: bar.update(chosen[i].tensor.numel()) and None,
         )
