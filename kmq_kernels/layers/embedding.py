@@ -20,6 +20,11 @@ class CodebookEmbedding(CodebookModule):
     Raises ValueError for a padding_idx outside the rows.
     """
 
+    # For who asks as of a torch.nn.Embedding (PEFT does).
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    sparse: bool = False
+
     def __init__(
         self,
         num_embeddings: int,

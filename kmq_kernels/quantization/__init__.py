@@ -14,7 +14,6 @@ from .weights import Weight
 
 __all__ = [
     "BITS",
-    "HEADS",
     "PRESETS",
     "QUANT_METHOD",
     "BudgetError",
@@ -24,6 +23,7 @@ __all__ = [
     "Weight",
     "by_eigenvalue",
     "check_budget",
+    "classification_layers",
     "dequantize_",
     "described",
     "distortion_curves",

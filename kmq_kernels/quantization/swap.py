@@ -20,7 +20,7 @@ from .computed import computing_hooks, hook_tensors, resolved
 from .config import KMQConfig
 from .marking import retie, unmark
 from .plan import plan
-from .weights import ATTRIBUTES, Kind, Weight, kind_of, own_attributes, plain_class
+from .weights import ATTRIBUTES, Kind, Weight, kind_of, plain_class
 
 # What a module keeps its hooks in. The quantized layer has the very same dictionaries, so that handles still remove them.
 _HOOKS = (
@@ -54,7 +54,7 @@ def _empty_like(module: nn.Module, weight: Weight, config: KMQConfig) -> Codeboo
         if name != "bias":
             parameter.requires_grad_(trains)
     shell = _shell(module)
-    vars(new).update({name: vars(shell)[name] for name in _HOOKS} | own_attributes(shell, kind))
+    vars(new).update({name: value for name, value in vars(shell).items() if name in _HOOKS or name not in vars(new)})
     vars(new)["replaces"] = shell  # not as a child: it has no tensors
     return new.train(module.training)
 

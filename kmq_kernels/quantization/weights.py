@@ -163,6 +163,9 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 def _reason(module: nn.Module, kind: Kind, first: Kind) -> str:
     """Why a layer must stay as it is, "" where it can be quantized."""
+    weight = module._parameters.get("weight")
+    if isinstance(weight, UninitializedTensorMixin):
+        return "not initialized yet: run a batch through the model first"
     cls = plain_class(module)
     between = cls.__mro__[: cls.__mro__.index(kind.plain)]
     if any(name not in _HARMLESS for one in between for name in vars(one)):
@@ -179,9 +182,6 @@ def _reason(module: nn.Module, kind: Kind, first: Kind) -> str:
             return "a convolution that is grouped, strided or wider than 1"
         if module.padding not in ((0,), "valid", "same"):
             return "a convolution with padding"
-    weight = module._parameters.get("weight")
-    if isinstance(weight, UninitializedTensorMixin):
-        return "not initialized yet: run a batch through the model first"
     if weight is not None:
         if type(weight) not in (nn.Parameter, Tensor):
             return f"of a weight that is a {type(weight).__name__}"

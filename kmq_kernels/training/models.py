@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..files import CheckpointError
 from ..hf import MODEL_CARD, checkpoint_files
-from ..quantization import HEADS, KMQConfig, model_size, name_matches
+from ..quantization import KMQConfig, classification_layers, model_size
 from .settings import PipelineError
 from .tasks import Task
 
@@ -49,8 +49,9 @@ def load_for_task(path: str, task: Task, seed: int) -> tuple[Any, Any]:
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         path, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **options
     )
+    heads = classification_layers(model)
     for key, *_ in loading["mismatched_keys"]:
-        if not any(name_matches(head, key.rpartition(".")[0]) for head in HEADS):
+        if key.rpartition(".")[0] not in heads:
             raise CheckpointError(f"{path}: {key} does not have the shape that its config.json asks for")
     _renew_wrong_shapes(model, path)
     return model, AutoTokenizer.from_pretrained(path)
@@ -61,11 +62,12 @@ def _renew_wrong_shapes(model: Any, path: str) -> None:
     quantized models, whose other tensors then come in the shape of the file."""
     with torch.device("meta"):
         expected = dict(type(model)(model.config).named_parameters())
+    heads = classification_layers(model)
     for name, parameter in list(model.named_parameters()):
         if name not in expected or parameter.shape == expected[name].shape:
             continue
         module_name, _, attribute = name.rpartition(".")
-        if not any(name_matches(head, module_name) for head in HEADS):
+        if module_name not in heads:
             raise CheckpointError(f"{path}: {name} does not have the shape that its config.json asks for")
         module = model.get_submodule(module_name)
         setattr(module, attribute, nn.Parameter(torch.empty(expected[name].shape, dtype=parameter.dtype)))
