@@ -89,11 +89,8 @@ def test_copies_and_files_hold_plain_tensors(layer):
     assert torch.equal(again, weight)
 
 
-def test_transforms_and_compile_see_it(layer):
+def test_compile_sees_it(layer):
     x = torch.randn(3, 16)
-
-    def loss(codebook):
-        return torch.func.functional_call(layer, {"codebook": codebook}, (x,)).square().sum()
 
     class Tied(nn.Module):
         def __init__(self):
@@ -103,6 +100,5 @@ def test_transforms_and_compile_see_it(layer):
         def forward(self, x):
             return F.linear(x, self.layer.weight)
 
-    assert torch.func.grad(loss)(layer.codebook).shape == layer.codebook.shape
     compiled = torch.compile(Tied(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), F.linear(x, layer.weight))
