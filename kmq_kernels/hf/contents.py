@@ -59,7 +59,7 @@ def inspect(model: Any, stored: dict[str, StoredTensor], config: KMQConfig, dtyp
     tensors = model.state_dict(keep_vars=True)
     weights = plan(model, config).weights
     bits_of = {f"{name}.weight": weight.bits for weight in weights for name in weight.modules}
-    sizes = {f"{name}.weight": tuple(weight.tensor.shape) for weight in weights for name in weight.modules}
+    sizes = {f"{name}.weight": (weight.rows, weight.cols) for weight in weights for name in weight.modules}
     groups: dict[str, list[str]] = {}
     for name, kept in kept_names(model).items():
         groups.setdefault(kept, []).append(name)

@@ -71,6 +71,16 @@ class Weight:
         return next(iter(self.modules))
 
     @property
+    def rows(self) -> int:
+        """Rows of that matrix: outputs of a linear layer, entries of an embedding."""
+        return self.tensor.shape[0]
+
+    @property
+    def cols(self) -> int:
+        """Its columns."""
+        return self.tensor.shape[1]
+
+    @property
     def transposed(self) -> bool:
         """Whether the layers store it (cols, rows)."""
         return self.kind.packed is CodebookConv1D
