@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
+GPU_SECONDS ?= 480
+GPU_ARCH ?= 90
 TORCH_LIBRARIES := "libtorch*" "libc10*" "libcudart*"
 
-.PHONY: help demo test test-slow lint docs wheel sanitize bench gpu clean
+.PHONY: help demo test test-slow lint docs wheel sanitize bench gpu gpu-cache clean
 help:
 	@echo "make demo       the three stages on the embedded model and data, a table and $(DEMO_OUT)/results.json"
 	@echo "make test       lint, types, the documentation built strictly, and the test suite"
@@ -15,7 +17,8 @@ help:
 	@echo "make wheel      a manylinux wheel, built from the sdist, into dist/; prints its size and tag"
 	@echo "make sanitize   the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: random input, failed allocations"
 	@echo "make bench      the CPU benchmarks"
-	@echo "make gpu        on a CUDA machine, in the current environment: build, tests marked gpu, benchmarks, result file"
+	@echo "make gpu        on a CUDA machine, in the current environment: in GPU_SECONDS, correctness and headline figures first"
+	@echo "make gpu-cache  on any machine, with the device's Triton and Python: compiles the kernels of that for GPU_ARCH"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -86,7 +89,11 @@ bench: $(VENV)/built
 	for script in kmeans codebook_linear codebook_grad training_step; do $(BIN)/python benchmarks/bench_$$script.py || exit 1; done
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py --seconds $(GPU_SECONDS)
+
+gpu-cache:
+	$(PYTHON) -m benchmarks.gpu_cache --arch $(GPU_ARCH)
+	$(PYTHON) -m benchmarks.gpu_cache --arch $(GPU_ARCH) --count
 
 clean:
 	rm -rf build dist site *.egg-info kmq_kernels/*.so $(VENV)/built
