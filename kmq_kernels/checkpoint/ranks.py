@@ -66,6 +66,29 @@ def _this_process() -> _Process:
     return _Process(machine, socket.gethostname(), os.getpid())
 
 
+@contextlib.contextmanager
+def _heard_by_a_thread(number: int) -> Iterator[int]:
+    """A pipe that gives the numbers of signals, so that a thread hears of `number` even while the main thread computes.
+
+    torchrun ends the others with SIGTERM when one dies. Afterwards signals are handled as before; one that came when nobody read
+    the pipe any more is sent again.
+    """
+    came = []
+    wakeup, notify = os.pipe()
+    os.set_blocking(notify, False)
+    handler = signal.signal(number, lambda *_: came.append(True))
+    descriptor = signal.set_wakeup_fd(notify, warn_on_full_buffer=False)
+    try:
+        yield wakeup
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        os.close(wakeup)
+        os.close(notify)
+        if came:
+            os.kill(os.getpid(), number)
+
+
 class Ranks:
     """This process among the ranks of the job; without a job, the only one."""
 
@@ -75,6 +98,7 @@ class Ranks:
         self._store: Any = None
         self._dead: str | None = None
         self._noticed, self._ending = threading.Event(), threading.Event()
+        self._signals = contextlib.ExitStack()  # puts the handling of signals back
 
     @classmethod
     @contextlib.contextmanager
@@ -89,6 +113,7 @@ class Ranks:
             ranks._ending.set()
             if ranks.size > 1 and dist.is_initialized():
                 dist.destroy_process_group()
+            ranks._signals.close()
 
     def _join(self) -> None:
         store, self.rank, self.size = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10)))
@@ -98,12 +123,10 @@ class Ranks:
         self._store = self._new_store()
         wakeup = None
         if threading.current_thread() is threading.main_thread():
-            # torchrun ends the others with SIGTERM when one dies; the watcher hears of it even while this thread computes.
-            wakeup, notify = os.pipe()
-            os.set_blocking(notify, False)
-            signal.signal(signal.SIGTERM, lambda *_: None)
-            signal.set_wakeup_fd(notify, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(wakeup,), daemon=True).start()
+            wakeup = self._signals.enter_context(_heard_by_a_thread(signal.SIGTERM))
+        watcher = threading.Thread(target=self._watch, args=(wakeup,), daemon=True)
+        watcher.start()
+        self._signals.callback(watcher.join, 3 * _TICK)  # before the pipe it reads is closed
 
     def _new_store(self) -> Any:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -37,10 +37,10 @@ def layer_facts(model: Any, original: Any = None) -> list[dict[str, Any]]:
                 "centroids": [float(f"{c:.6g}") for c in module.codebook[0].tolist()],
             }
             if original is not None:
-                ours = module.weight.detach().double()
-                weight = original.get_submodule(name).weight.detach().to(ours.device).double()
+                weight = original.get_submodule(name).weight.detach().double()
+                ours = module.weight.detach().to(weight.device).double()
                 share = (weight - ours).square().sum() / (weight - weight.mean()).square().sum().clamp_min(1e-300)
-                (layer["error"],) = share.reshape(1).tolist()
+                layer["error"] = float(share)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             weight = module.weight.detach().float()
             low, high = float(weight.min()), float(weight.max())

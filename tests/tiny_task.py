@@ -1,0 +1,29 @@
+"""A tiny BERT with its tokenizer, and a csv task it can learn."""
+
+import torch
+from conftest import family_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+WORDS = ["good", "bad", "fine", "poor", "film", "day", "food", "very", "not"]
+
+
+def write_task(folder):
+    """Writes folder/model, folder/train.csv (64 rows) and folder/dev.csv (32 rows)."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+    )
+    model = folder / "model"
+    family_model("bert", num_labels=2).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    generator = torch.Generator().manual_seed(0)
+    for name, rows in (("train", 64), ("dev", 32)):
+        lines = ["text,label"]
+        for i in range(rows):
+            noun = WORDS[4 + int(torch.randint(0, 3, (), generator=generator))]
+            lines.append(f"{'very ' * (i % 3)}{('good', 'bad', 'fine', 'poor')[i % 4]} {noun},{('yes', 'no')[i % 2]}")
+        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
