@@ -94,17 +94,6 @@ def test_another_command_on_the_same_folder(sharded, bert, tmp_path):
     assert content(tmp_path / "out") == done
 
 
-def test_a_source_that_changed(sharded, tmp_path):
-    source, options = sharded
-    shutil.copytree(source, tmp_path / "source")
-    with pytest.raises(ZeroDivisionError):
-        quantize(tmp_path / "source", tmp_path / "out", on_progress=lambda _: 1 / 0, **options)
-    file = next((tmp_path / "source").glob("*.safetensors"))
-    os.utime(file, ns=(1, 1))
-    with pytest.raises(CheckpointError, match=f"begun from another {file.name}"):
-        quantize(tmp_path / "source", tmp_path / "out", **options)
-
-
 def test_folders_that_are_no_output(bert, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("mine")
