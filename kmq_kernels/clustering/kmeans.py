@@ -190,7 +190,9 @@ def linear_codebook(values: Tensor, num_centroids: int) -> KMeansResult:
         raise ValueError(f"num_centroids: expected 1 to 256, got {num_centroids}")
     if values.dim() == 2:
         return _stack([linear_codebook(row, num_centroids) for row in values])
-    values = values.detach()
+    # A range or a sum of the largest doubles is none.
+    unit = 2.0**64 if values.dtype == torch.float64 and float(values.detach().abs().max()) > 2.0**900 else 1.0
+    kept, values = values.detach(), values.detach() / unit
     wide = values.double()
     low, high = wide.min(), wide.max()
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
@@ -199,9 +201,9 @@ def linear_codebook(values: Tensor, num_centroids: int) -> KMeansResult:
     bins = torch.zeros_like(wide) if bool(high == low) else ((wide - low) / width).floor_().clamp_(0, num_centroids - 1)
     assignments = bins.to(torch.uint8)
     sums, counts = (out[0] for out in ops.update(values[None], assignments[None], num_centroids))
-    centres = low + (torch.arange(num_centroids, device=values.device) + 0.5) * width
+    centres = low + (torch.arange(num_centroids, device=values.device, dtype=torch.float64) + 0.5) * width
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    centroids = torch.where(counts > 0, sums / counts.clamp(min=1), centres).to(dtype)
-    inertia = _inertia(values, centroids, assignments, None)
+    centroids = torch.where(counts > 0, sums / counts.clamp(min=1), centres).mul(unit).to(dtype)
+    inertia = _inertia(kept, centroids, assignments, None)
     unknown = torch.full_like(inertia, math.inf)
     return KMeansResult(centroids, assignments, inertia, torch.zeros((), dtype=torch.int64, device=values.device), unknown)

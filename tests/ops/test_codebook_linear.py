@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,3 +146,40 @@ def test_scalar_path(run_python):
     path, worst = run_python(SCALAR, KMQ_CPU_PATH="scalar")
     assert path == "scalar"
     assert worst <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_rows_of_a_narrow_output_in_strips(dtype):
+    """Around the borders of a strip of rows, and of the columns that are decoded at once."""
+    assignments, packed, codebook = problem(530, 140, 4, 530, torch.float32)
+    weight = weight64(assignments, codebook, 530)
+    whole = torch.randn(2100, 140).to(dtype)
+    for M in (1019, 1020, 1021, 2100):
+        out = kmq.codebook_linear(whole[:M], packed, codebook)
+        expected = linear64(whole[:M].double(), weight, None)
+        assert relative_rms(out.double(), expected) <= 2 * torch.finfo(dtype).eps
+        assert torch.equal(out[:1000], kmq.codebook_linear(whole[:1000], packed, codebook))
+        grad = input_grad(out, packed, codebook, 140, 530)
+        assert relative_rms(grad.double(), linear64(out.double(), weight.T, None)) <= 2 * torch.finfo(dtype).eps
+
+
+MEMORY = """
+import json, os, torch
+import kmq_kernels as kmq
+torch.set_num_threads(1)
+packed = kmq.pack(torch.randint(0, 16, (3072, 128), dtype=torch.uint8), 4)
+codebook = torch.randn(1, 16)
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+kept = []
+for rows in (64, 16_384):
+    kmq.codebook_linear(torch.zeros(rows, 128, dtype=torch.bfloat16), packed, codebook)
+    kept.append(resident())
+print(json.dumps(kept[1] - kept[0]))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc")
+def test_many_rows_keep_no_memory(run_python):
+    """An fp32 copy of the output would be 200 MB."""
+    assert run_python(MEMORY) < 30

@@ -5,6 +5,7 @@ import oracles
 import pytest
 import torch
 
+from kmq_kernels import reference
 from kmq_kernels.triton_kernels import assign as triton_assign
 from kmq_kernels.triton_kernels import update as triton_update
 from kmq_kernels.triton_kernels import worklist
@@ -131,3 +132,24 @@ def test_sums_of_a_ragged_list(device):
         assert torch.equal(labels[p].cpu().reshape(1, -1), expected_labels(flat, centroids[p : p + 1]))
         part = sums[p : p + 1], counts[p : p + 1]
         assert_sums(part, flat, labels[p].cpu().reshape(1, -1), weights[p].reshape(1, -1), 8)
+
+
+@pytest.mark.parametrize("num_centroids", [1, 2, 3, 9, 16, 200])
+def test_nan_goes_to_the_first_centroid(num_centroids, device):
+    """Of both signs on a device, whose sums give a NaN without sign; NumPy, which interprets, keeps the sign."""
+    nan = [float("nan"), -float("nan") if device == "cuda" else float("nan")]
+    for dtype in DTYPES:
+        values = torch.arange(40.0)[None]
+        values[0, [3, 39]] = torch.tensor(nan)
+        values = values.to(dtype)
+        centroids = torch.arange(1.0, num_centroids + 1.0)[None]
+        got = triton_assign.assign(values.to(device), centroids.to(device))
+        assert torch.equal(got.cpu(), reference.assign(values, centroids))
+        assert got[0, [3, 39]].tolist() == [0, 0]
+
+
+def test_midpoints_whose_sum_is_no_float(device):
+    largest = torch.finfo(torch.float32).max
+    centroids = torch.tensor([[-1.0, 0.5, 0.9, 1.0]]) * largest
+    values = torch.tensor([[-1.0, 0.0, 0.6, 0.8, 1.0]]) * largest
+    assert triton_assign.assign(values.to(device), centroids.to(device)).tolist() == [[0, 1, 1, 2, 3]]

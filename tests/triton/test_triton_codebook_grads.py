@@ -150,3 +150,38 @@ def test_every_width_compiles(architecture, bits):
             for whole in (True, False):
                 asked += [linear_kernel(bits, dtype, shared, whole), embedding_kernel(bits, dtype, shared, whole)]
     check_compiled([*asked, segments_kernel(bits)], architecture)
+
+
+def at_an_odd_address(packed):
+    """The same bytes as a view that begins three bytes into its storage."""
+    whole = packed.new_empty(packed.numel() + 3)
+    view = whole[3:].view(packed.shape).copy_(packed)
+    assert view.data_ptr() % 16
+    return view
+
+
+def test_a_packed_view_at_an_odd_address_is_copied(device, monkeypatch):
+    """Kernels load four bytes and more at once, which on a device must begin at multiples of their size."""
+    seen = []
+    for module, name in ((codebook_linear_grad, "linear_grad_kernel"), (codebook_embedding_grad, "embedding_grad_kernel")):
+        kernel = getattr(module, name)
+
+        def grid(size, kernel=kernel):
+            def launch(*arguments, **options):
+                seen.extend(a.data_ptr() % 16 for a in arguments if isinstance(a, torch.Tensor) and a.dtype == torch.uint8)
+                kernel[size](*arguments, **options)
+
+            return launch
+
+        monkeypatch.setattr(module, name, type("Kernel", (), {"__getitem__": lambda self, size, grid=grid: grid(size)})())
+    grad_output, input, index, packed = linear.problem(20, 30, 40, 3, torch.float32)
+    odd = at_an_odd_address(packed.to(device))
+    out = codebook_linear_grad.codebook_linear_grad(grad_output.to(device), input.to(device), odd, 1, 8, 30)
+    linear.assert_sums(out.cpu(), grad_output, input, index, 3, 30)
+    ids = torch.arange(20, device=device)
+    straight, crooked = (
+        codebook_embedding_grad.codebook_embedding_grad(input.to(device), ids, where, 1, 8, 30, -1)
+        for where in (packed.to(device), odd)
+    )
+    assert torch.equal(straight, crooked)
+    assert seen == [0, 0, 0]

@@ -10,6 +10,7 @@ import torch
 import kmq_kernels as kmq
 from kmq_kernels import ops
 from kmq_kernels.triton_kernels import kmeans as triton_kmeans
+from kmq_kernels.triton_kernels.kmeans import plan
 
 NAN = math.nan
 
@@ -332,3 +333,35 @@ def test_the_benchmark_of_make_gpu_runs(device):
     assert {row["peer"] for row in rows if row["what"] == "one matrix"} == {"kmq", *gpu_kmeans.PEERS}
     (model,) = [row for row in rows if row["what"] == "whole-model solve"]
     assert 1 - 1e-6 <= model["inertia_over_optimum"] <= 1.0001
+
+
+def test_near_the_largest_value(device):
+    for dtype, largest in ((torch.float32, 3.4e38), (torch.bfloat16, 3.38e38), (torch.float16, 65504.0)):
+        four = (torch.tensor([-1.0, 0.5, 0.75, 0.99]) * largest).to(dtype)
+        (labels,), (centroids,), (inertia,), _, _, faults = triton_kmeans.kmeans(
+            [four.repeat(1, 10).to(device)], [None], [4], [1], False, 300
+        )
+        assert faults == [0]
+        assert torch.equal(centroids[0].cpu(), four.float())
+        assert torch.equal(labels[0].cpu().int(), torch.arange(40).int() % 4)
+        assert float(inertia) == 0
+
+
+def test_problems_that_counters_cannot_hold_go_to_the_cpu(monkeypatch, device):
+    """Of 2**28 values and more; here the limit is lowered. Other matrices of the call stay on the device."""
+    from kmq_kernels.ops.clustering import _kmeans_cuda
+
+    untouched = torch.empty(16_385, 16_384, dtype=torch.bfloat16, device="meta")
+    *_, faults = triton_kmeans.kmeans([untouched], [None], [16], [len(untouched)], True, 300)
+    assert faults == [triton_kmeans.UNRESOLVED_FAULT]
+    monkeypatch.setattr(plan, "MOST_VALUES", 300)
+    generator = torch.Generator().manual_seed(0)
+    large, small = torch.randn(10, 40, generator=generator), torch.randn(4, 30, generator=generator)
+    arguments = [None, None], [4, 4], [10, 4], True, "optimal", "k-means++", 300, 0.0, 0
+    labels, centroids, _, _, bound, faults = _kmeans_cuda([large.to(device), small.to(device)], *arguments)
+    assert faults == [0, 0]
+    assert bound[0].isfinite().all()
+    for i, matrix in enumerate((large, small)):
+        alone = kmq.kmeans(matrix.reshape(-1), 4)
+        assert torch.allclose(centroids[i][0].cpu(), alone.centroids)
+        assert torch.equal(kmq.unpack(labels[i].cpu(), 2, matrix.shape[1]).view(-1), alone.assignments)
