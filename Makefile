@@ -43,7 +43,7 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type
 demo: $(VENV)/built
 	$(BIN)/kmq run minilm --task banking77 --bits 4 --bits 3 --bits 2 --scheme kmeans --scheme linear -o $(DEMO_OUT)
 
-SANITIZE := -std=c++20 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
+SANITIZE := -std=c++20 -O1 -g1 -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
 SANITIZED := $(patsubst csrc/%.cpp,build/sanitize/%.o,$(shell find csrc/cpu -name "*.cpp"))
 SANITIZERS := $(patsubst tests/sanitize/%.cpp,build/sanitize/%,$(wildcard tests/sanitize/*.cpp))
 

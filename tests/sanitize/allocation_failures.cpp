@@ -206,6 +206,77 @@ std::vector<Case> cases() {
     }
   }
 
+  // Integers, and a whole encoder: two layers of it in integers, two in fp32, of texts that are shared out and of one that is not.
+  struct Layer { Packed packed; const float* codebook; int8_t* table; float* scale; int32_t* offset; };
+  const auto layer_of = [&](int64_t rows, int64_t cols) {
+    const Packed layout{nullptr, rows, cols, 4};
+    uint8_t *const indices = room(rows * cols), *const bytes = room(rows * layout.row_bytes());
+    for (int64_t i = 0; i < rows * cols; ++i) indices[i] = static_cast<uint8_t>(random() % 16);
+    cpu::pack(indices, rows, cols, 4, bytes, in_one_piece);
+    Layer layer{{bytes, rows, cols, 4}, floats(16), reinterpret_cast<int8_t*>(room(16)), reinterpret_cast<float*>(room(4 * rows)),
+                reinterpret_cast<int32_t*>(room(4 * rows))};
+    cpu::int8_codebook(layer.packed, layer.codebook, rows, layer.table, layer.scale, layer.offset, in_one_piece);
+    for (int64_t r = 1; r < rows; ++r) layer.scale[r] = layer.scale[0];
+    return layer;
+  };
+  const auto weight_of = [&](const Layer& layer, bool integers) {
+    return cpu::LinearWeight{layer.packed, layer.packed.rows, layer.codebook, integers ? layer.table : nullptr, layer.scale, layer.offset,
+                             nullptr, nullptr, nullptr, nullptr, 0};
+  };
+  const Layer wide_layer = layer_of(96, 200);
+  uint8_t* const integer_table = room(16 + 4 + 4 * 96);
+  all.push_back({"int8_codebook",
+                 [=](const Parallel& p) {
+                   cpu::int8_codebook(wide_layer.packed, wide_layer.codebook, 96, reinterpret_cast<int8_t*>(integer_table),
+                                      reinterpret_cast<float*>(integer_table + 16), reinterpret_cast<int32_t*>(integer_table + 20), p);
+                 },
+                 {{integer_table, 20 + 4 * 96}}});
+  for (const int64_t M : {1, 40}) {
+    const float* const input = floats(M * 200);
+    uint8_t* const output = room(M * 96 * 4);
+    const cpu::LinearWeight weight = weight_of(wide_layer, true);
+    all.push_back({"int8_linear, " + std::to_string(M) + " rows",
+                   [=](const Parallel& p) { cpu::int8_linear(input, Dtype::f32, M, weight, cpu::Activation::gelu, output, p); },
+                   {{output, size_t(M * 96 * 4)}}});
+  }
+  const int64_t hidden = 32, length = 24;
+  const float* const norm_weight = floats(hidden);
+  auto encoder = std::make_shared<cpu::Encoder>();
+  encoder->hidden = hidden;
+  encoder->heads = 4;
+  encoder->activation = cpu::Activation::gelu;
+  encoder->norm_first = encoder->gated = false;
+  encoder->embeddings = {{floats(50 * hidden), Packed{nullptr, 50, hidden, 4}, 50, nullptr, nullptr, nullptr, nullptr, 0, 50, hidden},
+                         {floats(length * hidden), Packed{nullptr, length, hidden, 4}, length, nullptr, nullptr, nullptr, nullptr, 0, length, hidden}};
+  encoder->ids = {cpu::TokenIds::given, cpu::TokenIds::columns};
+  encoder->padding = 0;
+  encoder->embedding_norm = {norm_weight, nullptr, 1e-5f};
+  encoder->projection = {};
+  for (const bool integers : {true, false}) {
+    cpu::EncoderLayer layer{};
+    for (int i = 0; i < 3; ++i) layer.qkv.push_back(weight_of(layer_of(hidden, hidden), integers));
+    layer.out = weight_of(layer_of(hidden, hidden), integers);
+    layer.up = weight_of(layer_of(4 * hidden, hidden), integers);
+    layer.down = weight_of(layer_of(hidden, 4 * hidden), integers);
+    layer.attention_norm = layer.output_norm = {norm_weight, nullptr, 1e-5f};
+    encoder->layers.push_back(layer);
+  }
+  encoder->order = {0, 1, 0, 1};
+  encoder->final_norm = {};
+  encoder->relative_bias = nullptr;
+  encoder->reach = 0;
+  for (const int64_t texts : {1, 6}) {
+    auto ids = std::make_shared<std::vector<int64_t>>(texts * length);
+    for (int64_t& id : *ids) id = static_cast<int64_t>(random() % 50);
+    uint8_t *const mask = room(texts * length), *const states = room(texts * length * hidden * 4);
+    for (int64_t i = 0; i < texts * length; ++i) mask[i] = i % length < 20;
+    all.push_back({"encode, " + std::to_string(texts) + " texts",
+                   [=](const Parallel& p) {
+                     cpu::encode(*encoder, {texts, length, {ids->data(), nullptr}, mask}, reinterpret_cast<float*>(states), 3, p);
+                   },
+                   {{states, size_t(texts * length * hidden * 4)}}});
+  }
+
   const int64_t n = 40000;
   const float* const values = floats(n);
   auto wide = std::make_shared<std::vector<double>>(values, values + n);
