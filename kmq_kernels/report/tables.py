@@ -151,9 +151,14 @@ def _settings(content: Any) -> Any:
 
 def _detail(group: Sequence[Record], alike: Sequence[Sequence[Record]]) -> str:
     """The settings, three at most, in which a group is not as the others, and its folder where these do not say it."""
-    flat = [_flat({k: v for k, v in _settings(each[0].results["request"]).items() if k not in _CHECKSUMS}) for each in alike]
+    requests = [_settings(each[0].results["request"]) for each in alike]
+    everywhere = set.intersection(*(set(request.get("configs", {})) for request in requests))
+    flat = []
+    for request in requests:
+        named = {part: {k: v for k, v in request.get(part, {}).items() if k in everywhere} for part in _BY_NAME}
+        flat.append(_flat({k: v for k, v in {**request, **named}.items() if k not in _CHECKSUMS}))
     mine = flat[next(i for i, each in enumerate(alike) if each is group)]
-    differ = [name for name in mine if any(other.get(name, mine[name]) != mine[name] for other in flat)]
+    differ = [name for name in mine if any(name not in other or other[name] != mine[name] for other in flat)]
     said = [f"{name} {mine[name]}" for name in differ[:3]]
     told = sum(all(other.get(name) == mine[name] for name in differ[:3]) for other in flat) == 1
     folder = group[0].folder.resolve()

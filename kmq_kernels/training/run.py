@@ -163,7 +163,7 @@ class Run:
         everywhere = ("configs", "stage3_of")
 
         def asked(content: dict[str, Any]) -> dict[str, Any]:
-            named = {name: [content["configs"][name], content["stage3_of"].get(name, "as all")] for name in shared}
+            named = {name: {**content["configs"][name], "stage3": content["stage3_of"].get(name, "as all")} for name in shared}
             return {**{key: value for key, value in content.items() if key not in everywhere}, "configs": named}
 
         if what := difference(asked(before), asked(request)):

@@ -33,9 +33,8 @@ def test_a_lock_goes_with_its_process(tmp_path):
         other.send_signal(signal.SIGKILL)
         other.wait()
     assert path.exists()
-    with locked(path, taken):
-        with pytest.raises(CheckpointError), locked(path, taken):  # nor twice in one process
-            pass
+    with locked(path, taken), pytest.raises(CheckpointError), locked(path, taken):  # nor twice in one process
+        pass
     assert not path.exists()
 
 
@@ -51,9 +50,8 @@ def test_a_lock_in_a_file_that_was_removed_meanwhile(tmp_path, monkeypatch):
         path.unlink()
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with locked(path, RuntimeError):
-        with pytest.raises(CheckpointError), locked(path, lambda: CheckpointError("held")):
-            pass
+    with locked(path, RuntimeError), pytest.raises(CheckpointError), locked(path, lambda: CheckpointError("held")):
+        pass
 
 
 def test_two_do_not_publish_one_folder(tmp_path):

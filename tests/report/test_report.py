@@ -79,6 +79,92 @@ def test_figures_are_means_and_standard_errors(folder):
     assert "| kmeans-2bit | 0.7200 ± 0.0100 | 0.8350 ± 0.0050 | 2.10 | 2.10 | 2 | 2.5 | 2.5 | 500 |" in lines
 
 
+def _edit(folder, change):
+    file = folder / "results.json"
+    results = json.loads(file.read_text())
+    change(results)
+    file.write_text(json.dumps(results))
+
+
+def test_runs_are_seeds_of_one_another_when_they_differ_in_nothing_else(tmp_path):
+    """Six runs of one model and task name: two seeds, one of them twice; other steps; other data; another meaning of a name."""
+    for name, seed in (("a/seed0", 0), ("a/seed1", 1), ("b/seed1", 1), ("c/steps", 0), ("d/data", 0), ("e/meaning", 0)):
+        _write_run(tmp_path / name, "one", seed, {"kmeans-2bit": 2})
+    _edit(tmp_path / "c/steps", lambda results: results["request"]["stage1"].update(steps=10))
+    for name in ("a/seed0", "a/seed1", "b/seed1", "c/steps", "e/meaning"):
+        _edit(tmp_path / name, lambda results: results["request"].update(data={"train": "aa"}))
+    _edit(tmp_path / "d/data", lambda results: results["request"].update(data={"train": "bb"}))
+    _edit(tmp_path / "e/meaning", lambda results: results["request"]["configs"]["kmeans-2bit"].update(init="random"))
+    found = report.summaries(report.collect(tmp_path))
+    assert [(table.title, table.rows[0][5]) for table in found] == [
+        ("tiny on one (stage1 steps 40, in a): accuracy", "2"),
+        ("tiny on one (stage1 steps 10): accuracy", "1"),
+        ("tiny on one (stage1 steps 40, in data): accuracy", "1"),
+        ("tiny on one (stage1 steps 40, configs kmeans-2bit init random): accuracy", "1"),
+    ]
+    assert found[0].rows[0][1] == "0.9050 ± 0.0050"  # of 0.90 and 0.91; counting seed 1 twice would make 0.9067
+    assert found[0].rows[1][1] == "0.7200 ± 0.0100"
+    page = report.page(report.collect(tmp_path))
+    assert page.count("<section data-task") + page.count("data-task=") == 4
+    assert "Settings: tiny on one (stage1 steps 10)" in page
+
+
+def test_a_configuration_that_one_seed_lacks_keeps_them_together(tmp_path):
+    _write_run(tmp_path / "seed0", "one", 0, {"kmeans-2bit": 2})
+    _write_run(tmp_path / "seed1", "one", 1, {"kmeans-2bit": 2, "kmeans-8bit": 8})
+    (table,) = report.summaries(report.collect(tmp_path))
+    assert [(row[0], row[5]) for row in table.rows] == [("fp32 after stage 1", "2"), ("kmeans-2bit", "2"), ("kmeans-8bit", "1")]
+
+
+def test_versions_and_commands_are_those_of_the_stages(folder):
+    def made(results):
+        for facts, torch in ((results["stage1"], "2.11"), (results["quantized"]["kmeans-2bit"]["stage2"], "2.13")):
+            facts.update(versions={"torch": torch, "processor": "A"}, command=["kmq", "run", torch])
+
+    _edit(folder / "one/seed0", made)
+    shutil.rmtree(folder / "one/seed1")
+    shutil.rmtree(folder / "two")
+    text = html.unescape(report.page(report.collect(folder)))
+    assert "2.11 (stage 1); 2.13 (kmeans-2bit, stage 2)" in text
+    assert "<dd>A</dd>" in text
+    assert "kmq run 2.11</pre>" in text
+    assert "kmq run 2.13</pre>" in text
+    assert "some <CPU>" not in text  # of the last command, which made none of them
+
+
+def diverge(folder):
+    """Stage 3 of one configuration diverged: as `kmq run` says it, and as an earlier version wrote it, with NaN."""
+    nan = float("nan")
+    stopped = {"stopped": "the loss is nan", "metrics": {}, "seconds": 1.0, "losses": [2.0, 1.0]}
+    old = {**_stage(nan, 2.1), "losses": [2.0, nan]}
+    _edit(folder / "one/seed0", lambda results: results["quantized"]["kmeans-2bit"].update(stage3=stopped))
+    _edit(folder / "two/seed0", lambda results: results["quantized"]["kmeans-2bit"].update(stage3=old))
+    file = folder / "two/seed0/kmeans-2bit/stage3/layers.json"
+    layers = json.loads(file.read_text())
+    layers[0].update(error=nan, centroids=[nan] * 4)
+    file.write_text(json.dumps(layers))
+
+
+def test_what_diverged_is_said_and_leaves_the_rest(folder):
+    diverge(folder)
+    for table in report.summaries(report.collect(folder)):
+        rows = {row[0]: row for row in table.rows}
+        assert rows["kmeans-2bit"][1:6] == ("0.7200 ± 0.0100", "0.8400 (1 diverged)", "2.10", "2.10", "2")
+        assert rows["kmeans-8bit"][2] == "0.8725 ± 0.0050"
+    page = report.write_report(folder).read_text()
+    data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
+
+    def refuse(text):
+        raise AssertionError(text)
+
+    json.loads(data, parse_constant=refuse)
+
+
+def test_markdown_keeps_bars_in_names():
+    lines = report.markdown(report.Summary("t", ("a", "b"), (("x|y", "1"),))).splitlines()
+    assert lines[-1] == "| x\\|y | 1 |"
+
+
 def test_series_ticks_and_smoothing():
     assert [tables.family(name) for name in (*CONFIGS, "int8", "a-3-b")] == [
         "kmeans", "kmeans", "kmeans", "linear", "fisher", "int8", "a-3-b",
@@ -181,8 +267,10 @@ document.documentElement.dataset.seen = JSON.stringify(seen);
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-@pytest.mark.parametrize("width", [1200, 500])
-def test_page_in_a_browser(folder, width, tmp_path_factory):
+@pytest.mark.parametrize(("width", "diverged"), [(1200, False), (500, False), (1200, True)])
+def test_page_in_a_browser(folder, width, diverged, tmp_path_factory):
+    if diverged:
+        diverge(folder)
     page = report.write_report(folder).read_text()
     catch = "<script>window.problems = []; window.onerror = (m) => { window.problems.push(m); };</script>"
     page = page.replace("<head>", f"<head>{catch}", 1).replace("</body>", f"{PROBE}</body>")
