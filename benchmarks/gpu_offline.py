@@ -1,4 +1,4 @@
-"""Tables of what the compiler makes of the linear kernels, without a GPU: instructions, shared memory, registers, by architecture.
+"""Tables of what the compiler makes of the linear kernels, without a GPU: instructions, shared memory, registers, by chip.
 
     python -m benchmarks.gpu_offline                         # sm_80, 89, 90, 100, 120 and all widths; minutes
     python -m benchmarks.gpu_offline --arch 90 --bits 4 3    # a part of it
@@ -35,7 +35,7 @@ def row(architecture: int, kind: str, bits: int, tile: Any, built: Any) -> str:
     body = built.product_loop()
     weights = tile.weight_rows * 128 / (32 * tile.num_warps)
     decoding = sum(bool(re.search(r"\b(PRMT|LOP3|SHF\.R)", line)) for line in body) / weights
-    product = sorted({re.search(offline.PRODUCT, line)[0] for line in body if re.search(offline.PRODUCT, line)})  # type: ignore[index]
+    product = sorted({found[0] for line in body if (found := re.search(offline.PRODUCT, line))})
     cells = [
         f"sm_{architecture}", kind, bits, f"{tile.weight_rows}x{tile.input_rows}", f"{decoding:.2f}", f"{len(body) / weights:.2f}",
         ", ".join(product), built.registers, f"{built.shared / 1024:.0f}", built.spills,
@@ -51,12 +51,18 @@ def main() -> None:
     print("| chip | operands | bits | tile | decoding | whole loop | product | registers | shared, KB | spills |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for architecture in options.arch:
-        asked = []
-        for bits in options.bits:
-            for tile in tiles_of(codebook_linear.PLANS, architecture):
-                asked.append(("fp16", bits, tile, linear_kernels.linear(tile, bits, lookup=bits <= 4)))
-            if divmod(architecture, 10) >= fp8_linear.NEEDED:
-                asked += [("fp8", bits, tile, fp8_kernels.fp8(tile, bits)) for tile in tiles_of(fp8_linear.PLANS, architecture)]
+        asked = [
+            ("fp16", bits, tile, linear_kernels.linear(tile, bits, lookup=bits <= 4))
+            for bits in options.bits
+            for tile in tiles_of(codebook_linear.PLANS, architecture)
+        ]
+        if divmod(architecture, 10) >= fp8_linear.NEEDED:
+            asked += [
+                ("fp8", bits, tile, fp8_kernels.fp8(tile, bits))
+                for bits in options.bits
+                for tile in tiles_of(fp8_linear.PLANS, architecture)
+            ]
+        asked.sort(key=lambda one: one[1])
         built = offline.compile_all([kernel for *_, kernel in asked], architecture)
         for (kind, bits, tile, _), one in zip(asked, built, strict=True):
             print(row(architecture, kind, bits, tile, one), flush=True)
