@@ -37,8 +37,8 @@ def row(architecture: int, kind: str, bits: int, tile: Any, built: Any) -> str:
     decoding = sum(bool(re.search(r"\b(PRMT|LOP3|SHF\.R)", line)) for line in body) / weights
     product = sorted({found[0] for line in body if (found := re.search(offline.PRODUCT, line))})
     cells = [
-        f"sm_{architecture}", kind, bits, f"{tile.weight_rows}x{tile.input_rows}", f"{decoding:.2f}", f"{len(body) / weights:.2f}",
-        ", ".join(product), built.registers, f"{built.shared / 1024:.0f}", built.spills,
+        f"sm_{architecture}", kind, bits, f"{tile.weight_rows}x{tile.input_rows}", f"{decoding:.2f}",
+        f"{len(body) / weights:.2f}", ", ".join(product), built.registers, f"{built.shared / 1024:.0f}", built.spills,
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 

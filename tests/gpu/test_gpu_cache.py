@@ -88,5 +88,6 @@ def test_all_launches_of_smoke_and_headline_are_listed(architecture):
         "add_tiles_kernel", "assign_kernel", "count_kernel", "decode_rows_kernel", "embedding_grad_kernel", "finish_kernel",
         "fp8_linear_kernel", "input_grad_kernel", "linear_grad_kernel", "linear_kernel", "look_kernel", "mark_kernel",
         "pack_kernel", "quantize_rows_kernel", "rows_kernel", "sample_half_kernel", "sample_kernel", "solve_kernel",
-        "split_kernel", "sum_pieces_kernel", "sum_segments_kernel", "unpack_kernel", "update_kernel", "weight_kernel", "zoom_kernel",
+        "split_kernel", "sum_pieces_kernel", "sum_segments_kernel", "unpack_kernel", "update_kernel", "weight_kernel",
+        "zoom_kernel",
     }  # fmt: skip
