@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from ..layers import CodebookModule
 from .config import KMQConfig, name_matches
+from .foreign import ELSEWHERE, read_elsewhere
 from .heads import classification_layers
 from .weights import OWN_CLASS, Weight, find_weights, kind_of
 
@@ -58,7 +59,10 @@ def plan(model: nn.Module, config: KMQConfig) -> Plan:
             if prefix:
                 yield f"{prefix}.{name}"
 
+    elsewhere = read_elsewhere(model)
     for weight in weights:
+        if not elsewhere.isdisjoint(weight.modules):
+            weight.left = weight.left or ELSEWHERE
         given = [bits for bits, said in map(config.bits_for, names(weight)) if said]
         if weight.left:
             continue
