@@ -179,6 +179,13 @@ def fused_fp8_linear(
     return out
 
 
+def expect_fp8(device: torch.device) -> None:
+    """Raises ValueError where the tensor cores of a CUDA device do not take E4M3."""
+    if (have := capability(device)) < NEEDED:
+        needed = ".".join(map(str, NEEDED))
+        raise ValueError(f'compute: "fp8" needs compute capability {needed} or newer, and {device} has {have[0]}.{have[1]}')
+
+
 def fp8_linear(
     input: Tensor, packed: Tensor, table: Tensor, table_scale: Tensor, bias: Tensor | None, bits: int, group_rows: int
 ) -> Tensor:
@@ -191,9 +198,8 @@ def fp8_linear(
     M, OUT = math.prod(batch), packed.shape[0]
     if M == 0 or OUT == 0:
         return input.new_empty(*batch, OUT)
-    if input.is_cuda and capability(input.device) < NEEDED:
-        have = ".".join(map(str, capability(input.device)))
-        raise ValueError(f'compute: "fp8" needs compute capability 8.9 or newer, and this device has {have}')
+    if input.is_cuda:
+        expect_fp8(input.device)
     x = input.reshape(M, IN).contiguous()
     with launching(x):
         rows, scale = quantize_rows(x, bits)
