@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections.abc import Iterable
@@ -24,35 +25,40 @@ class Watched:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = [(module.__dict__, tuple(module._modules.values())) for module in modules]
-        self._parameters = [
-            (module[kind], name, parameter, _version(parameter), parameter.data_ptr())
-            for module, _ in self._modules
-            for kind in ("_parameters", "_buffers")
-            for name, parameter in module[kind].items()
-            if parameter is not None
-        ]
+        self._modules = [module.__dict__ for module in modules]
+        self._children = _Members([module["_modules"] for module in self._modules])
+        self._stored = _Members([module[kind] for module in self._modules for kind in ("_parameters", "_buffers")])
+        self._tensors = [tensor for tensor in self._stored.values if tensor is not None]
+        self._tracked = not any(tensor.is_inference() for tensor in self._tensors)
+        self._states = self._state() if self._tracked else []
+
+    def _state(self) -> list[Any]:
+        return [tensor._version for tensor in self._tensors] + [tensor.data_ptr() for tensor in self._tensors]
 
     def same(self) -> bool:
-        for module, children in self._modules:
-            if tuple(module["_modules"].values()) != children:
-                return False
-        for parameters, name, parameter, version, pointer in self._parameters:
-            now = parameters.get(name)
-            if now is not parameter or _version(now) != version or now.data_ptr() != pointer:
-                return False
-        return True
+        return self._children.same() and self._stored.same() and self._tracked and self._state() == self._states
 
     def plain(self) -> bool:
         """Whether the modules are in evaluation mode and have neither hooks nor a forward method of their own."""
         return not any(
             module["training"] or module["_forward_hooks"] or module["_forward_pre_hooks"] or "forward" in module
-            for module, _ in self._modules
+            for module in self._modules
         )
 
 
-def _version(parameter: Tensor) -> Any:
-    return object() if parameter.is_inference() else parameter._version
+class _Members:
+    """The values of some dictionaries as they were. Written for speed: it is asked before every call of a model."""
+
+    def __init__(self, owners: list[dict[str, Any]]) -> None:
+        self._owners, self._sizes = owners, [len(owner) for owner in owners]
+        members = [(owner, name, value) for owner in owners for name, value in owner.items()]
+        self._owner_of = [owner for owner, _, _ in members]
+        self._names = [name for _, name, _ in members]
+        self.values = [value for _, _, value in members]
+
+    def same(self) -> bool:
+        now = map(dict.get, self._owner_of, self._names)
+        return list(map(len, self._owners)) == self._sizes and all(map(operator.is_, now, self.values))
 
 
 class IntegerForm(NamedTuple):
