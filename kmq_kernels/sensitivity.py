@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from . import __version__
 from .files import locked, publish_file
 from .quantization import KMQConfig, plan
+from .terminal import draws_bars
 
 logger = logging.getLogger(__name__)
 
@@ -237,9 +238,9 @@ def _bar(title: str, batches: Any, num_batches: int | None, done: int, progress:
     count = len(batches) if hasattr(batches, "__len__") else None
     total = num_batches if count is None else min(count, num_batches or count)
     delay = 2.0 if progress is None else 0.0
-    return tqdm(
-        total=None if total is None else total * each, initial=done * each, desc=title, delay=delay, disable=progress is False
-    )
+    show = progress if progress is not None else draws_bars()
+    steps = None if total is None else total * each
+    return tqdm(total=steps, initial=done * each, desc=title, delay=delay, leave=False, disable=not show)
 
 
 def _bytes_of(tensor: Tensor) -> Any:

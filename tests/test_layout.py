@@ -11,20 +11,23 @@ PACKAGE = Path(kmq_kernels.__file__).parent
 
 # Wing -> the wings it may import from. A wing is a folder, or a single file at the top.
 ALLOWED = {
+    "imports": set(),
+    "terminal": set(),
     "packing": set(),
-    "files": set(),
+    "files": {"imports"},
+    "tasks": {"terminal"},
     "reference": {"packing"},
     "triton_kernels": {"packing"},
     "ops": {"packing", "reference", "triton_kernels"},
     "clustering": {"packing", "ops"},
     "layers": {"packing", "ops", "triton_kernels"},
-    "quantization": {"packing", "ops", "clustering", "layers"},
-    "sensitivity": {"files", "quantization"},
+    "quantization": {"terminal", "packing", "files", "ops", "clustering", "layers"},
+    "sensitivity": {"terminal", "files", "quantization"},
     "hf": {"files", "layers", "quantization"},
     "checkpoint": {"files", "ops", "quantization", "hf"},
-    "training": {"files", "layers", "quantization", "sensitivity", "hf"},
+    "training": {"terminal", "files", "layers", "quantization", "sensitivity", "hf", "tasks"},
     "report": {"files"},
-    "cli": {"files", "ops", "layers", "quantization", "hf", "checkpoint", "training", "report"},
+    "cli": {"terminal", "tasks", "files", "ops", "layers", "quantization", "hf", "checkpoint", "training", "report"},
 }
 OPEN = {"triton_kernels"}  # wings without a door: ops and layers name the file of a kernel
 

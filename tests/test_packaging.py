@@ -80,7 +80,7 @@ def test_wheel_of_the_sdist_works_elsewhere(sdist, tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    for needed in ("py.typed", "training/banking77/test.csv", "training/banking77/ATTRIBUTION.md", "report/report.js"):
+    for needed in ("py.typed", "tasks/banking77/test.csv", "tasks/banking77/ATTRIBUTION.md", "report/report.js"):
         assert f"kmq_kernels/{needed}" in names
     assert any(name.startswith("kmq_kernels/_C.") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -1,4 +1,4 @@
-"""A tiny BERT with its tokenizer, and a csv task it can learn."""
+"""A tiny BERT with its tokenizer and a csv task it can learn: what tests of whole commands run on."""
 
 import torch
 from conftest import family_model
@@ -6,20 +6,23 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 WORDS = ["good", "bad", "fine", "poor", "film", "day", "food", "very", "not"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def write_task(folder):
-    """Writes folder/model, folder/train.csv (64 rows) and folder/dev.csv (32 rows)."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+def word_tokenizer(words=WORDS):
+    """A tokenizer of whole words, in the manner of BERT."""
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *words])}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
-    )
-    model = folder / "model"
-    family_model("bert", num_labels=2).save_pretrained(model)
-    tokenizer.save_pretrained(model)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
+def write_task(folder, **config):
+    """folder/model, folder/train.csv (64 rows) and folder/dev.csv (32 rows, labels no and yes)."""
+    named = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    family_model("bert", **{**named, **config}).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
     generator = torch.Generator().manual_seed(0)
     for name, rows in (("train", 64), ("dev", 32)):
         lines = ["text,label"]

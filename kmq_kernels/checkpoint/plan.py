@@ -33,7 +33,7 @@ from ..files import (
     stored_tensors,
 )
 from ..hf import kept_names, model_dtype
-from ..quantization import KMQConfig, plan, remarks, swap
+from ..quantization import KMQConfig, plan, refuse_unmatched, remarks, swap
 from .side_files import NOT_DOWNLOADED, files_left_out, side_files
 
 SHARD_BYTES = 256_000_000
@@ -232,6 +232,7 @@ def make_plan(
             f"{source}: {computed.computed} computes {computed.parameter}, and no tensor of the checkpoint is it;"
             " load the model and use quantize_, or skip the layer"
         )
+    refuse_unmatched(chosen, config, type(model).__name__)
     said = tuple(remarks(model, chosen))
     weights = {kept[weight.parameter]: weight for weight in chosen.quantized}
     dense = model.state_dict(keep_vars=True)

@@ -10,14 +10,24 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.table import Table
-
-from .options import Compute, Granularity, ModelArg, console
+from .layout import table
+from .messages import note, quieten
+from .options import (
+    DATA,
+    MEASUREMENT,
+    QUANTIZATION,
+    AsJson,
+    Compute,
+    Granularity,
+    GranularityOption,
+    ModelArg,
+    Verbose,
+    number,
+    option,
+)
 
 SHAPES = "1x16,1x128,8x128,32x64,32xv64"
 _BATCH = 32  # texts of a file
@@ -65,9 +75,9 @@ def random_batch(shape: str, vocabulary: int, longest: int) -> dict[str, Any]:
     batch, _, tokens = shape.partition("x")
     most = tokens.removeprefix("v")
     if not batch.isdecimal() or not most.isdecimal() or int(batch) < 1 or int(most) < 1:
-        raise ValueError(f"--shapes: expected shapes such as 8x128 or 32xv64, got {shape!r}")
+        raise ValueError(f"shapes: expected shapes such as 8x128 or 32xv64, got {shape!r}")
     if int(most) > longest:
-        raise ValueError(f"--shapes: expected at most {longest} tokens for this model, got {shape!r}")
+        raise ValueError(f"shapes: expected at most {longest} tokens for this model, got {shape!r}")
     generator = torch.Generator().manual_seed(int(batch) * 1000 + int(most))
     lengths = torch.full((int(batch),), int(most))
     if tokens.startswith("v"):
@@ -84,7 +94,7 @@ def text_batches(folder: str, file: Path, longest: int) -> list[dict[str, Any]]:
 
     texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not texts:
-        raise ValueError(f"--texts: expected lines of text in {file}, got none")
+        raise ValueError(f"texts: expected lines of text in {file}, got none")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
     return [dict(tokenizer(texts[i : i + _BATCH], **options)) for i in range(0, len(texts), _BATCH)]
@@ -138,7 +148,7 @@ def _models(folder: str, bits: int | None, granularity: Granularity) -> tuple[An
     found = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     if any(isinstance(module, CodebookModule) for module in found.modules()):
         if bits is not None:
-            raise ValueError(f"--bits: {folder} is quantized already, so its bits are given")
+            raise ValueError(f"bits: {folder} is quantized already, so its bits are given")
         dense = copy.deepcopy(found)
         dequantize_(dense)
         return dense, found
@@ -149,16 +159,26 @@ def _models(folder: str, bits: int | None, granularity: Granularity) -> tuple[An
 
 def bench(
     model: ModelArg = "minilm",
+    shapes: Annotated[
+        str, option(DATA, "LIST", "Batch x tokens, comma-separated; v64: texts of 4 to 64 tokens, padded.")
+    ] = SHAPES,
+    texts: Annotated[Path | None, option(DATA, "FILE", "File with a text a line, instead of random tokens.")] = None,
     bits: Annotated[
-        int | None, typer.Option(help="Bits of an index, for a model that is not quantized yet. [default: 4]")
+        int | None,
+        option(
+            QUANTIZATION,
+            "N",
+            "Bits of an index, 1 to 8, for a model that is not quantized yet.",
+            default="4",
+            check=number("bits", 1, 8),
+        ),
     ] = None,
-    granularity: Annotated[Granularity, typer.Option(help="What shares a codebook.")] = Granularity.tensor,
-    compute: Annotated[Compute, typer.Option(help="Arithmetic of the packed model.")] = Compute.int8,
-    shapes: Annotated[str, typer.Option(help="Batch x tokens, comma-separated; v64: texts of 4 to 64 tokens, padded.")] = SHAPES,
-    texts: Annotated[Path | None, typer.Option(help="File with a text a line, instead of random tokens.")] = None,
-    repeats: Annotated[int, typer.Option(help="Times that each model runs each shape.", min=1)] = 15,
-    threads: Annotated[int | None, typer.Option(help="Threads. [default: torch's]", min=1)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    granularity: GranularityOption = Granularity.tensor,
+    compute: Annotated[Compute, option(MEASUREMENT, "float|int8", "Arithmetic of the packed model.")] = Compute.int8,
+    repeats: Annotated[int, option(MEASUREMENT, "N", "Times that each model runs each shape.", check=number("repeats", 1))] = 15,
+    threads: Annotated[int | None, option(MEASUREMENT, "N", "Threads.", default="torch's", check=number("threads", 1))] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Time, memory and outputs of MODEL in fp32 and packed, on this machine."""
     import torch
@@ -167,6 +187,7 @@ def bench(
     from ..layers import optimize_
     from ..training import resolve_model
 
+    quieten(verbose)
     if threads is not None:
         torch.set_num_threads(threads)
     random.seed(0)
@@ -179,13 +200,10 @@ def bench(
     models: dict[str, Any] = {"fp32": dense, name: packed}
     longest = getattr(dense.config, "max_position_embeddings", 512) - 2
     if texts is not None:
-        longest = min(longest, 256)
-        inputs: dict[str, Callable[[], list[dict[str, Any]]]] = {texts.name: lambda: text_batches(folder, texts, longest)}
-    else:
-        vocabulary = dense.config.vocab_size
-        inputs = {shape: lambda shape=shape: [random_batch(shape, vocabulary, longest)] for shape in shapes.split(",")}
+        measured = {texts.name: text_batches(folder, texts, min(longest, 256))}
+    else:  # all mistakes come before the first measurement
+        measured = {shape: [random_batch(shape, dense.config.vocab_size, longest)] for shape in shapes.split(",")}
     with torch.inference_mode():
-        measured = {key: make() for key, make in inputs.items()}  # all mistakes come before the first measurement
         results = {key: compare(models, batches, repeats) for key, batches in measured.items()}
     memory = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -199,16 +217,18 @@ def bench(
         conditions = {"threads": torch.get_num_threads(), "torch": torch.__version__, "build": build_info()["extension"]}
         print(json.dumps({"model": model, "conditions": conditions, "rows": results, "resident_bytes": memory, "notes": notes}))
         return
-    table = Table(title=f"{model}, {torch.get_num_threads()} threads")
-    for i, column in enumerate(("shape", "model", "ms", "texts/s", "speed", "worst cos", "mean cos")):
-        table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
-    for shape, rows in results.items():
-        for key, row in rows.items():
-            numbers = f"{row['ms']:.2f}", f"{row['texts_per_second']:.1f}", f"{row['ratio']:.2f}x"
-            table.add_row(shape, key, *numbers, f"{row['worst_cosine']:.4f}", f"{row['mean_cosine']:.4f}")
-    console.print(table)
+    cells = [
+        (
+            f"{shape} {key}", f"{row['ms']:.2f}", f"{row['texts_per_second']:.1f}", f"{row['ratio']:.2f}x",
+            f"{row['worst_cosine']:.4f}", f"{row['mean_cosine']:.4f}",
+        )
+        for shape, rows in results.items()
+        for key, row in rows.items()
+    ]  # fmt: skip
+    columns = ("shape and model", "ms", "texts/s", "speed", "worst cosine", "mean cosine")
+    print(table(columns, cells, f"{model}, {torch.get_num_threads()} threads"))
     if all(memory.values()):
         shown = ", ".join(f"{key} {size / 2**20:.1f} MiB" for key, size in memory.items() if size is not None)
-        console.print(f"resident memory after 8x128 tokens: {shown} ({(memory[name] or 0) / (memory['fp32'] or 1):.3f})")
-    for note in notes:
-        console.print(note)
+        print(f"\nresident memory after 8x128 tokens: {shown} ({(memory[name] or 0) / (memory['fp32'] or 1):.3f})")
+    for sentence in notes:
+        note(sentence)

@@ -1,17 +1,16 @@
-"""What the commands of `kmq` share: choices, arguments and options, the console."""
+"""What the commands of `kmq` share: choices, arguments and options, in the groups of their help pages."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
-from click.core import ParameterSource
-from rich.console import Console
 
-console = Console(markup=False, emoji=False)  # what it prints is paths and names, in which [brackets] and :words: mean themselves
+MODEL, DATA, QUANTIZATION, TRAINING, OUTPUT = "Model", "Data", "Quantization", "Training", "Output"
+MEASUREMENT = "Measurement"
 
 
 class Scheme(str, enum.Enum):
@@ -59,32 +58,107 @@ class GradReduction(str, enum.Enum):
     mean = "mean"
 
 
-ModelArg = Annotated[str, typer.Argument(help=r"Model folder or hub id; 'minilm' is the one in the \[demo] extra.")]
-OutOption = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
-TaskOption = Annotated[str | None, typer.Option("--task", help="banking77 or a GLUE name. [default: banking77]")]
-DataDir = Annotated[Path | None, typer.Option(help="Folder with the GLUE task's own files.")]
-TrainFile = Annotated[Path | None, typer.Option(help="Own training data: csv, tsv or jsonl.")]
-ValidationFile = Annotated[Path | None, typer.Option(help="Own validation data: csv, tsv or jsonl.")]
-TextColumn = Annotated[list[str] | None, typer.Option(help="Column of the text; twice for pairs. [default: text]")]
-LabelColumn = Annotated[str, typer.Option(help="Column of the label.")]
-Steps = Annotated[int, typer.Option(help="Optimizer steps of stage 1.")]
-Batch = Annotated[int, typer.Option(help="Texts in a batch.")]
-Rate = Annotated[float, typer.Option(help="Learning rate of stage 1.")]
-MaxLength = Annotated[int, typer.Option(help="Tokens a text is cut to.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+class Problem(str, enum.Enum):
+    """What the labels of own files are."""
+
+    classification = "classification"
+    regression = "regression"
 
 
-def given(values: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options of the running command that the caller gave: a preset may set the others."""
-    context = click.get_current_context()
-    return {name: value for name, value in values.items() if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+Check = Callable[[Any], Any]
 
 
-def parse_bytes(name: str, text: str) -> int:
-    """A size such as 500MB or 2GB, decimal; `name` is the option it was given for."""
-    number = text.upper().removesuffix("B")
-    unit = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
-    number = number[:-1] if unit > 1 else number
-    if not number.isdecimal() or int(number) < 1:
-        raise ValueError(f"{name}: expected a size such as 500MB or 2GB, got {text!r}")
-    return int(number) * unit
+def option(group: str, metavar: str, sentence: str, *names: str, default: str | None = None, check: Check | None = None) -> Any:
+    """An option of a group. default: what to show as default where the value does not say it. check: raises for a wrong value."""
+    shown: Any = True if default is None else default
+    return typer.Option(*names, help=sentence, metavar=metavar, rich_help_panel=group, show_default=shown, callback=check)
+
+
+def argument(metavar: str, sentence: str) -> Any:
+    """What a command works on."""
+    return typer.Argument(metavar=metavar, help=sentence, rich_help_panel=MODEL)
+
+
+def size_of(name: str) -> Check:
+    """A check of a number of bytes."""
+
+    def check(value: Any) -> Any:
+        from ..files import parse_size
+
+        if value is not None:
+            parse_size(name, value)
+        return value
+
+    return check
+
+
+def number(name: str, least: float, most: float | None = None, *, above: bool = False, below: bool = False) -> Check:
+    """A check that needs nothing imported: a number, or each of several, not below `least` (or above it) nor above `most` (or
+    below it).
+
+    The sentences are those of KMQConfig and TrainingSettings, which check again.
+    """
+    kind = "an integer" if isinstance(least, int) else "a number"
+    low = f"above {least:g}" if above else f"not below {least:g}"
+    expected = f"{kind} {low}" if most is None else f"{kind} from {least:g} to {'below ' if below else ''}{most:g}"
+    if isinstance(least, int) and most is None:
+        expected = f"at least {least}"
+
+    def check(value: Any) -> Any:
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            low_enough = each is None or most is None or (each < most if below else each <= most)
+            if not low_enough or not (each is None or (each > least if above else each >= least)):
+                raise ValueError(f"{name}: expected {expected}, got {each}")
+        return value
+
+    return check
+
+
+ModelArg = Annotated[str, argument("MODEL", "Model folder or hub id; 'minilm' is the model in the [demo] extra.")]
+OutOption = Annotated[Path, option(OUTPUT, "DIR", "Folder to write.", "-o", "--output")]
+AsJson = Annotated[bool, option(OUTPUT, "", "Print JSON on standard output, and everything else on standard error.", "--json")]
+Verbose = Annotated[bool, option(OUTPUT, "", "Also show what the libraries say: load reports, warnings.", "-v", "--verbose")]
+
+TASKS = "banking77 (ships with the package), or with --data-dir one of sst2, cola, mrpc, rte, stsb, wnli, qnli, qqp, mnli"
+TaskOption = Annotated[str | None, option(DATA, "TASK", f"{TASKS}.", "--task", default="banking77")]
+DataDir = Annotated[Path | None, option(DATA, "DIR", "Folder of the GLUE task's own files, or of GLUE's folders.")]
+TrainFile = Annotated[Path | None, option(DATA, "FILE", "Own training data: csv, tsv or jsonl.")]
+ValidationFile = Annotated[Path | None, option(DATA, "FILE", "Own validation data: csv, tsv or jsonl.")]
+TextColumn = Annotated[
+    list[str] | None, option(DATA, "NAME", "Column of the text in own files; twice for pairs.", default="text")
+]
+LabelColumn = Annotated[str, option(DATA, "NAME", "Column of the label in own files.")]
+ProblemOption = Annotated[
+    Problem | None,
+    option(
+        DATA, "classification|regression", "What the labels of own files are.",
+        default="regression where a label has a fraction, else classification",
+    ),
+]  # fmt: skip
+IgnoreLabel = Annotated[list[str] | None, option(DATA, "LABEL", "Leave rows of own files with this label out; may be repeated.")]
+MaxLength = Annotated[
+    int, option(DATA, "N", "Tokens a text is cut to; at most the positions of the model.", check=number("max_length", 1))
+]
+
+SchemeOption = Annotated[Scheme, option(QUANTIZATION, "kmeans|linear", "Clusters of least error, or bins of equal width.")]
+GranularityOption = Annotated[
+    Granularity, option(QUANTIZATION, "tensor|row|group", "What shares a codebook: a weight, a row, or a group of rows.")
+]
+GroupRows = Annotated[int, option(QUANTIZATION, "N", "Rows of a group, for granularity 'group'.", check=number("group_rows", 1))]
+OutlierFraction = Annotated[
+    float,
+    option(
+        QUANTIZATION, "SHARE", "Share of each weight, from 0 to below 0.5, that is kept exactly.",
+        check=number("outlier_fraction", 0.0, 0.5, below=True),
+    ),
+]  # fmt: skip
+RowScale = Annotated[bool, option(QUANTIZATION, "", "A factor for each row beside the shared codebook.")]
+PRESETS = (
+    "paper (the method as it was published: k-means++, 3 Lloyd steps, mean gradients), linear (bins of equal width), int8 (linear"
+    " at 8 bits)"
+)
+
+Steps = Annotated[int, option(TRAINING, "N", "Optimizer steps of stage 1.", check=number("steps", 1))]
+Batch = Annotated[int, option(TRAINING, "N", "Texts in a batch.", check=number("batch_size", 1))]
+Rate = Annotated[float, option(TRAINING, "RATE", "Learning rate of stage 1.", check=number("learning_rate", 0.0, above=True))]
+Seed = Annotated[int, option(TRAINING, "N", "Seed of everything random.")]

@@ -8,21 +8,35 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.table import Table
-
+from .command import Command
+from .layout import pairs, table
+from .messages import note, quieten
 from .options import (
+    DATA,
+    MODEL,
+    OUTPUT,
+    PRESETS,
+    QUANTIZATION,
+    TASKS,
+    TRAINING,
     Allocation,
+    AsJson,
     Batch,
     Compute,
     DataDir,
     GradReduction,
     Granularity,
+    GranularityOption,
+    GroupRows,
+    IgnoreLabel,
     LabelColumn,
     MaxLength,
     ModelArg,
+    OutlierFraction,
     OutOption,
+    ProblemOption,
     Rate,
+    RowScale,
     Scheme,
     Seed,
     Steps,
@@ -30,80 +44,193 @@ from .options import (
     TextColumn,
     TrainFile,
     ValidationFile,
+    Verbose,
     Weighting,
-    console,
-    given,
-    parse_bytes,
+    argument,
+    number,
+    option,
+    size_of,
 )
 
+TASK_FILE = "task.json"
 
-def _task(
-    name: str | None, data_dir: Path | None, train: Path | None, validation: Path | None, text: list[str] | None, label: str
-) -> Any:
-    from ..training import load_task
 
-    files = {"train_file": train, "validation_file": validation}
-    return load_task(
-        name or (None if train else "banking77"), data_dir=data_dir, **files, text_columns=text or ("text",), label_column=label
+def _expect_folder(model: str) -> None:
+    """A path that is not there is refused before data is read and libraries are imported."""
+    from ..files import looks_local, model_folder
+
+    if looks_local(model):
+        model_folder(model)
+
+
+def _load_task(name: str | None, classes: Any = None, **options: Any) -> Any:
+    """The task that the options of a command describe; what is to be said about it is said."""
+    from ..tasks import load_task
+
+    columns, problem = options.pop("text_column"), options.pop("problem")
+    task = load_task(
+        name,
+        text_columns=columns or ("text",),
+        problem=None if problem is None else problem.value,
+        ignore_labels=options.pop("ignore_label") or (),
+        model_classes=classes,
+        **options,
     )
+    for sentence in task.notes:
+        note(sentence)
+    return task
 
 
 def run(
     model: ModelArg = "minilm",
-    out: OutOption = Path("kmq-run"),
-    task: Annotated[list[str] | None, typer.Option(help="banking77 or GLUE names; may be repeated. [default: banking77]")] = None,
-    bits: Annotated[list[int] | None, typer.Option(help="Bits of an index, 1 to 8; may be repeated. [default: 4]")] = None,
-    scheme: Annotated[list[Scheme] | None, typer.Option(help="May be given several times. [default: kmeans]")] = None,
-    granularity: Granularity = Granularity.tensor,
-    group_rows: Annotated[int, typer.Option(help="Rows of a group.")] = 8,
-    preset: Annotated[str | None, typer.Option(help="A system of the source: paper, linear, int8 or hessian.")] = None,
-    grad_reduction: Annotated[GradReduction | None, typer.Option(help="Gradient of a centroid. [default: sum]")] = None,
-    allocation: Annotated[Allocation | None, typer.Option(help="How modules get their bits. [default: uniform]")] = None,
-    bits_per_weight: Annotated[float | None, typer.Option(help="Budget: bits per weight of the whole model.")] = None,
-    size: Annotated[str | None, typer.Option(help="Budget: bytes of the weight file, such as 30MB.")] = None,
-    weighting: Annotated[Weighting, typer.Option(help="What weighs the values in the clustering.")] = Weighting.none,
-    outlier_fraction: Annotated[float, typer.Option(help="Share of each weight that is kept exactly.")] = 0.0,
-    row_scale: Annotated[bool, typer.Option(help="A factor for each row beside the shared codebook.")] = False,
-    distill: Annotated[bool, typer.Option(help="Stage 3 also follows the stage-1 model.")] = False,
-    compare: Annotated[str | None, typer.Option(help="List of configurations: a JSON file, or 'standard'.")] = None,
-    seeds: Annotated[int, typer.Option(help="Repeat everything with so many seeds, from --seed on.", min=1)] = 1,
-    steps: Steps = 450,
-    second_steps: Annotated[int, typer.Option(help="Optimizer steps of stage 3 and of the control.")] = 30,
-    batch_size: Batch = 32,
-    learning_rate: Rate = 3e-4,
-    second_learning_rate: Annotated[float, typer.Option(help="Learning rate of stage 3 and of the control.")] = 1e-4,
-    codebook_lr_mult: Annotated[float, typer.Option(help="Codebooks learn this many times faster in stage 3.")] = 5.0,
-    max_length: MaxLength = 64,
-    seed: Seed = 0,
-    control: Annotated[bool, typer.Option(help="Also fine-tune the fp32 model for the steps of stage 3.")] = True,
-    fisher_batches: Annotated[int, typer.Option(help="Batches of 4 texts for the Fisher diagonal.", min=1)] = 400,
-    hessian_batches: Annotated[int, typer.Option(help="Batches of 8 texts for the Hessian eigenvalues.", min=1)] = 2,
-    keep_models: Annotated[bool | None, typer.Option(help="Keep the weights. [default: not with --compare or --seeds]")] = None,
+    task: Annotated[
+        list[str] | None,
+        option(
+            DATA,
+            "TASK",
+            f"{TASKS}; may be repeated.",
+            default="banking77",
+        ),
+    ] = None,
     data_dir: DataDir = None,
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = "label",
+    problem: ProblemOption = None,
+    ignore_label: IgnoreLabel = None,
+    max_length: MaxLength = 64,
+    bits: Annotated[
+        list[int] | None,
+        option(QUANTIZATION, "N", "Bits of an index, 1 to 8; may be repeated.", default="4", check=number("bits", 1, 8)),
+    ] = None,
+    scheme: Annotated[
+        list[Scheme] | None,
+        option(
+            QUANTIZATION, "kmeans|linear", "Clusters of least error, or bins of equal width; may be repeated.", default="kmeans"
+        ),
+    ] = None,
+    granularity: GranularityOption = Granularity.tensor,
+    group_rows: GroupRows = 8,
+    preset: Annotated[
+        str | None,
+        option(
+            QUANTIZATION,
+            "NAME",
+            f"A published system: {PRESETS} or hessian (linear, more bits for larger eigenvalues).",
+        ),
+    ] = None,
+    grad_reduction: Annotated[
+        GradReduction | None,
+        option(QUANTIZATION, "sum|mean", "Gradient of a centroid from those of its members.", default="sum"),
+    ] = None,
+    allocation: Annotated[
+        Allocation | None,
+        option(
+            QUANTIZATION,
+            "uniform|distortion|fisher|hessian",
+            "How modules get their bits: the same for all; least squared error;"
+            " least error weighted by the Fisher diagonal; by Hessian eigenvalue.",
+            default="uniform",
+        ),
+    ] = None,
+    bits_per_weight: Annotated[
+        float | None,
+        option(
+            QUANTIZATION,
+            "BITS",
+            "Budget instead of --bits: bits per weight of the whole model.",
+            check=number("bits_per_weight", 0.0, above=True),
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        option(
+            QUANTIZATION,
+            "SIZE",
+            "Budget instead of --bits: bytes of the weight file, such as 30MB, 25MiB or 30_000_000.",
+            check=size_of("size"),
+        ),
+    ] = None,
+    weighting: Annotated[
+        Weighting,
+        option(QUANTIZATION, "none|fisher", "What weighs the values in the clustering: nothing, or the Fisher diagonal."),
+    ] = Weighting.none,
+    outlier_fraction: OutlierFraction = 0.0,
+    row_scale: RowScale = False,
+    fisher_batches: Annotated[
+        int, option(QUANTIZATION, "N", "Batches of 4 texts for the Fisher diagonal.", check=number("fisher_batches", 1))
+    ] = 400,
+    hessian_batches: Annotated[
+        int, option(QUANTIZATION, "N", "Batches of 8 texts for the Hessian eigenvalues.", check=number("hessian_batches", 1))
+    ] = 2,
+    compare: Annotated[
+        str | None,
+        option(QUANTIZATION, "FILE|standard", "A list of configurations instead: a JSON file, or 'standard'."),
+    ] = None,
+    steps: Steps = 450,
+    second_steps: Annotated[
+        int, option(TRAINING, "N", "Optimizer steps of stage 3 and of the control.", check=number("second_steps", 1))
+    ] = 30,
+    batch_size: Batch = 32,
+    learning_rate: Rate = 3e-4,
+    second_learning_rate: Annotated[
+        float,
+        option(
+            TRAINING,
+            "RATE",
+            "Learning rate of stage 3 and of the control.",
+            check=number("second_learning_rate", 0.0, above=True),
+        ),
+    ] = 1e-4,
+    codebook_lr_mult: Annotated[
+        float,
+        option(
+            TRAINING,
+            "FACTOR",
+            "Codebooks learn this many times faster in stage 3.",
+            check=number("codebook_lr_mult", 0.0, above=True),
+        ),
+    ] = 5.0,
+    distill: Annotated[bool, option(TRAINING, "", "Stage 3 also follows the stage-1 model.")] = False,
+    control: Annotated[bool, option(TRAINING, "", "Also fine-tune the fp32 model for the steps of stage 3.")] = True,
+    seed: Seed = 0,
+    seeds: Annotated[
+        int, option(TRAINING, "N", "Repeat everything with so many seeds, from --seed on.", check=number("seeds", 1))
+    ] = 1,
+    out: OutOption = Path("kmq-run"),
+    keep_models: Annotated[
+        bool | None, option(OUTPUT, "", "Keep the weights.", default="on; off with --compare or --seeds")
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Fine-tune, cluster, fine-tune again: a table and OUTPUT/results.json. The same command again resumes."""
-    from .. import report as reports
-    from ..quantization import KMQConfig
-    from ..training import (
-        Comparison,
-        PipelineError,
-        SensitivitySettings,
-        TrainingSettings,
-        Variant,
-        read_variants,
-        standard_variants,
-    )
+    """Fine-tune, cluster, fine-tune again: a table and OUTPUT/results.json.
 
+    The same command again resumes, and further configurations may be added to a folder.
+    """
+    if bits and compare is None and (size or bits_per_weight):
+        budget = f"--size {size}" if size else f"--bits-per-weight {bits_per_weight:g}"
+        raise ValueError(f"bits: {budget} finds the bits that fit it; give one of the two")
+    data = {
+        "data_dir": data_dir, "train_file": train_file, "validation_file": validation_file, "text_column": text_column,
+        "label_column": label_column, "problem": problem, "ignore_label": ignore_label,
+    }  # fmt: skip
+    _expect_folder(model)
+    tasks = [_load_task(name, **dict(data)) for name in (list(dict.fromkeys(task)) if task else [None])]
+
+    from .. import report as reports
+    from .. import training
+    from ..files import parse_size
+    from ..quantization import KMQConfig
+
+    quieten(verbose)
     options: dict[str, Any] = {
         "granularity": granularity.value,
         "group_rows": group_rows,
         "preset": preset,
         "bits_per_weight": bits_per_weight,
-        "size": None if size is None else parse_bytes("size", size),
+        "size": None if size is None else parse_size("size", size),
         "weighting": weighting.value,
         "outlier_fraction": outlier_fraction,
         "row_scale": row_scale,
@@ -113,56 +240,48 @@ def run(
     if compare is None:
         # What is not given is left to the preset.
         kinds: list[dict[str, Any]] = [{"scheme": kind.value} for kind in scheme or []] or [{}]
-        widths: list[dict[str, Any]] = [{"bits": width} for width in bits or []] or [{}]
-        configs = [KMQConfig(**kind, **width, **given(options)) for kind in kinds for width in widths]
-        variants = [Variant(_name(config), config, distill=distill) for config in configs]
+        widths: list[dict[str, Any]] = [{"bits": each} for each in bits or []] or [{}]
+        configs = [KMQConfig(**kind, **each, **Command.given(options)) for kind in kinds for each in widths]
+        variants = [training.Variant(_name(config), config, distill=distill) for config in configs]
     elif compare == "standard":
-        variants = standard_variants(bits or (1, 2, 3, 4, 8))
+        variants = training.standard_variants(bits or (1, 2, 3, 4, 8))
     else:
-        variants = read_variants(Path(compare))
+        variants = training.read_variants(Path(compare))
     names = [variant.name for variant in variants]
     if doubled := next((name for name in names if names.count(name) > 1), None):
-        raise PipelineError(f"{doubled}: asked for twice")
-    lengths = {"batch_size": batch_size, "max_length": max_length}
-    shared: dict[str, Any] = {**lengths, "codebook_lr_mult": codebook_lr_mult}
-    comparison = Comparison(
+        raise training.PipelineError(f"{doubled}: asked for twice")
+    shared: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "codebook_lr_mult": codebook_lr_mult}
+    lines = sys.stderr if as_json else sys.stdout
+    comparison = training.Comparison(
         model=model,
-        tasks=[
-            _task(name, data_dir, train_file, validation_file, text_column, label_column)
-            for name in (list(dict.fromkeys(task)) if task else [None])
-        ],
+        tasks=tasks,
         out=out,
         variants=variants,
         seeds=range(seed, seed + seeds),
-        stage1=TrainingSettings(steps=steps, learning_rate=learning_rate, **shared),
-        stage3=TrainingSettings(steps=second_steps, learning_rate=second_learning_rate, **shared),
+        stage1=training.TrainingSettings(steps=steps, learning_rate=learning_rate, **shared),
+        stage3=training.TrainingSettings(steps=second_steps, learning_rate=second_learning_rate, **shared),
         command=["kmq", *sys.argv[1:]],
-        announce=lambda text: console.print(text, style="bold"),
-        sensitivity=SensitivitySettings(fisher_batches=fisher_batches, hessian_batches=hessian_batches),
+        announce=lambda text: print(text, file=lines, flush=True),
+        sensitivity=training.SensitivitySettings(fisher_batches=fisher_batches, hessian_batches=hessian_batches),
         control=control,
     )
-    if compare is None and seeds == 1 and len(comparison.tasks) == 1:
-        single = comparison.run_of(comparison.tasks[0], seed, out)
+    if compare is None and seeds == 1 and len(tasks) == 1:
+        single = comparison.run_of(tasks[0], seed, out)
         single.keep_models = keep_models is not False
         results = single()
-        console.print(results_table(results))
-        console.print(f"written: {out / 'results.json'}", soft_wrap=True)
-        _refuse_stopped([results])
-        return
-    comparison.keep_models = keep_models is True
-    everything = comparison()
-    for table in reports.summaries(reports.collect(out)):
-        console.print(_summary_table(table))
-    console.print(f"written: {reports.write_report(out)}", soft_wrap=True)
-    _refuse_stopped(everything)
-
-
-def _refuse_stopped(everything: list[dict[str, Any]]) -> None:
-    """Ends in an error where a stage diverged, after all else is done and written."""
-    from ..training import DivergedError, stopped_stages
-
-    if sentences := [sentence for results in everything for sentence in stopped_stages(results)]:
-        raise DivergedError("; ".join(sentences))
+        _say_what_a_budget_left(results, names)
+        text, written = results_table(results), out / "results.json"
+        content: Any = results
+        everything = [results]
+    else:
+        comparison.keep_models = keep_models is True
+        content = everything = comparison()
+        found = reports.summaries(reports.collect(out))
+        text = "\n\n".join(summary_table(each) for each in found)
+        written = reports.write_report(out)
+    print(json.dumps(content) if as_json else f"\n{text}\n\nwritten: {written}")
+    if sentences := [sentence for results in everything for sentence in training.stopped_stages(results)]:
+        raise training.DivergedError("; ".join(sentences))  # after all else is done and written
 
 
 def _name(config: Any) -> str:
@@ -174,70 +293,104 @@ def _name(config: Any) -> str:
     return name
 
 
-def _summary_table(summary: Any) -> Table:
-    """The table of a comparison, as much of it as fits 80 columns: mean and standard error over the seeds, and size."""
-    shown = [0, 1, 2, 3, 4]
-    table = Table(title=summary.title)
-    for column in shown:
-        table.add_column(summary.columns[column], justify="left" if column == 0 else "right", no_wrap=True)
-    for row in summary.rows:
-        table.add_row(*(row[column] for column in shown))
-    return table
+def _say_what_a_budget_left(results: dict[str, Any], names: list[str]) -> None:
+    """Bits that are the same for all modules can leave much of a budget: a quarter of it is worth a line."""
+    for name in names:
+        config, facts = results["request"]["configs"][name], results["quantized"][name]["stage2"]
+        spent = {"size": "bytes_on_disk", "bits_per_weight": "bits_per_weight"}
+        for budget, fact in spent.items():
+            if config[budget] and config["allocation"] == "uniform" and facts and facts[fact] < 0.75 * config[budget]:
+                used = f"{facts[fact] / 1e6:.1f} of {config[budget] / 1e6:.1f} MB" if budget == "size" else ""
+                used = used or f"{facts[fact]:.2f} of {config[budget]:.2f} bits per weight"
+                note(f"{name}: the same bits for all modules use {used}; --allocation distortion spends the rest where it helps")
 
 
-def results_table(results: dict[str, Any]) -> Table:
+def summary_table(summary: Any) -> str:
+    """The table of a comparison, or as many of its columns as a narrow screen shows: mean and standard error, and size."""
+    for shown in (9, 6, 5, 3):
+        text = table(summary.columns[:shown], (row[:shown] for row in summary.rows), summary.title, blocks=False)
+        if text:
+            break
+    return text or table(summary.columns, summary.rows, summary.title)
+
+
+def results_table(results: dict[str, Any]) -> str:
     """The table of a run: one row a model; bits per weight, MB on disk, times smaller than fp32, seconds of stages 2 and 3."""
     metric = results["metric"]
-    table = Table(title=f"{results['request']['model']} on {results['request']['task']}: {metric}")
-    table.add_column("model", no_wrap=True)
-    for column in ("stage 2", "stage 3", "bits/w", "MB", "ratio", "s 2", "s 3"):
-        table.add_column(column, justify="right", no_wrap=True)
 
     def size(facts: dict[str, Any]) -> tuple[str, ...]:
         return f"{facts['bits_per_weight']:.2f}", f"{facts['bytes_on_disk'] / 1e6:.2f}", f"{facts['ratio']:.2f}x"
 
-    def value(facts: dict[str, Any]) -> str:
+    def value(facts: dict[str, Any] | None) -> str:
         if facts is not None and "stopped" in facts:
             return "diverged"
         return "" if facts is None else f"{facts['metrics'][metric]:.4f}"
 
     first, control = results["stage1"], results["control"]
-    table.add_row(f"fp32 ({first['seconds']:.0f} s)", value(first), "", *size(first), "", "")
+    rows = [(f"fp32 ({first['seconds']:.0f} s)", value(first), "", *size(first), "", "")]
     if control is not None:
-        last = first if "stopped" in control else control
-        table.add_row("fp32, control", "", value(control), *size(last), "", f"{control['seconds']:.0f}")
+        rows.append(
+            (
+                "fp32, control",
+                "",
+                value(control),
+                *size(first if "stopped" in control else control),
+                "",
+                f"{control['seconds']:.0f}",
+            )
+        )
     for name, stages in results["quantized"].items():
         second, third = stages["stage2"], stages["stage3"]
-        table.add_row(
-            name, value(second), value(third), *size(second if third is None or "stopped" in third else third),
-            f"{second['seconds']:.1f}",
-            "" if third is None else f"{third['seconds']:.0f}",
-        )  # fmt: skip
-    return table
+        if second is None:  # asked for, and not finished yet
+            continue
+        took = "" if third is None else f"{third['seconds']:.0f}"
+        last = second if third is None or "stopped" in third else third
+        rows.append((name, value(second), value(third), *size(last), f"{second['seconds']:.1f}", took))
+    columns = ("model", "after stage 2", "after stage 3", "bits per weight", "MB", "ratio", "s, stage 2", "s, stage 3")
+    request = results["request"]
+    return table(columns, rows, f"{request['model']} on {request['task']}: {metric.replace('_', ' ')}")
 
 
 def finetune(
     model: ModelArg = "minilm",
-    out: OutOption = Path("kmq-finetuned"),
     task: TaskOption = None,
-    steps: Steps = 450,
-    batch_size: Batch = 32,
-    learning_rate: Rate = 3e-4,
-    codebook_lr_mult: Annotated[float, typer.Option(help="Codebooks of a quantized MODEL learn this many times faster.")] = 5.0,
-    max_length: MaxLength = 64,
-    seed: Seed = 0,
     data_dir: DataDir = None,
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = "label",
+    problem: ProblemOption = None,
+    ignore_label: IgnoreLabel = None,
+    max_length: MaxLength = 64,
+    steps: Steps = 450,
+    batch_size: Batch = 32,
+    learning_rate: Rate = 3e-4,
+    codebook_lr_mult: Annotated[
+        float,
+        option(
+            TRAINING,
+            "FACTOR",
+            "Codebooks of a quantized MODEL learn this many times faster.",
+            check=number("codebook_lr_mult", 0.0, above=True),
+        ),
+    ] = 5.0,
+    seed: Seed = 0,
+    out: OutOption = Path("kmq-finetuned"),
+    as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Fine-tune MODEL on a task; a quantized model keeps its quantization (that is stage 3)."""
-    from .. import training
-    from ..files import publish
-
     if out.exists():
-        raise training.PipelineError(f"{out}: it exists; choose another folder or remove it")
+        raise ValueError(f"out: {out}: it exists; choose another folder or remove it")
+    _expect_folder(model)
+    data = _load_task(
+        task, data_dir=data_dir, train_file=train_file, validation_file=validation_file, text_column=text_column,
+        label_column=label_column, problem=problem, ignore_label=ignore_label,
+    )  # fmt: skip
+    from .. import training
+    from ..files import publish, write_json
+
+    quieten(verbose)
     settings = training.TrainingSettings(
         steps=steps,
         batch_size=batch_size,
@@ -246,7 +399,6 @@ def finetune(
         max_length=max_length,
         seed=seed,
     )
-    data = _task(task, data_dir, train_file, validation_file, text_column, label_column)
     network, tokenizer = training.load_for_task(training.resolve_model(model), data, seed)
     with publish(out) as partial:
         scratch = partial / "trainer"
@@ -254,47 +406,88 @@ def finetune(
         metrics = training.evaluate(network, tokenizer, data, settings, scratch)
         shutil.rmtree(scratch, ignore_errors=True)
         training.save(network, tokenizer, partial)
-    _print_metrics(metrics)
-    console.print(f"written: {out}", soft_wrap=True)
+        write_json(partial / TASK_FILE, data.source)
+    _print_metrics(metrics, as_json)
+    if not as_json:
+        print(f"written: {out}")
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Folder of a fine-tuned model, quantized or not.")],
+    model: Annotated[Path, argument("MODEL", "Folder of a fine-tuned model, quantized or not.")],
     task: TaskOption = None,
-    max_length: MaxLength = 64,
     data_dir: DataDir = None,
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = "label",
-    compute: Annotated[Compute | None, typer.Option(help="Run the packed encoder in one call of compiled code, so.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    problem: ProblemOption = None,
+    ignore_label: IgnoreLabel = None,
+    max_length: MaxLength = 64,
+    compute: Annotated[
+        Compute | None,
+        option(MODEL, "float|int8", "Run the packed encoder in one call of compiled code, with this arithmetic."),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
-    """The task's metrics of a model folder."""
+    """The task's metrics of a model folder.
+
+    A folder of `kmq run` or `kmq finetune` knows its task. Own data needs a validation file only: its labels are the classes of
+    the model.
+    """
     import tempfile
 
-    from transformers import AutoTokenizer
-
+    given = {"data_dir": data_dir, "train_file": train_file, "validation_file": validation_file}
+    if task is None and not any(given.values()):
+        data = _task_of(model)
+    else:
+        classes = _classes_of(model) if validation_file is not None and train_file is None else None
+        more = {"text_column": text_column, "label_column": label_column, "problem": problem, "ignore_label": ignore_label}
+        data = _load_task(task, classes, **given, **more)
     from .. import hf, training
     from ..layers import optimize_
 
-    data = _task(task, data_dir, train_file, validation_file, text_column, label_column)
+    quieten(verbose)
+    tokenizer = training.load_tokenizer(str(model)) if model.is_dir() else None
     network = hf.load(model)
-    if network.config.num_labels != data.num_labels:
-        raise training.PipelineError(f"{model}: it has {network.config.num_labels} labels, the task has {data.num_labels}")
+    if not hasattr(network.config, "id2label") or not type(network).__name__.endswith("ForSequenceClassification"):
+        kind = type(network).__name__
+        raise training.PipelineError(f"{model}: a {kind} has no classification layer; `kmq finetune` gives it one")
     if compute is not None:
         optimize_(network, compute.value)
-    settings = training.TrainingSettings(max_length=max_length)
     with tempfile.TemporaryDirectory() as scratch:
-        metrics = training.evaluate(network, AutoTokenizer.from_pretrained(model), data, settings, Path(scratch))
-    if as_json:
-        print(json.dumps(metrics))
-    else:
-        _print_metrics(metrics)
+        metrics = training.evaluate(network, tokenizer, data, training.TrainingSettings(max_length=max_length), Path(scratch))
+    _print_metrics(metrics, as_json)
 
 
-def _print_metrics(metrics: dict[str, float]) -> None:
-    table = Table("metric", "value")
-    for name, value in metrics.items():
-        table.add_row(name, f"{value:.4f}")
-    console.print(table)
+def _classes_of(model: Path) -> tuple[str, ...]:
+    """The classes of a model by its config.json: one for a regression."""
+    from ..files import CheckpointError, read_json
+    from ..tasks import class_names
+
+    if not (model / "config.json").is_file():
+        raise CheckpointError(
+            f"{model}: no such model folder" if not model.is_dir() else f"{model}: the folder has no config.json"
+        )
+    config = read_json(model / "config.json")
+    named = config.get("id2label") if isinstance(config, dict) else None
+    return class_names(named, len(named)) if isinstance(named, dict) and named else ("LABEL_0", "LABEL_1")
+
+
+def _task_of(model: Path) -> Any:
+    """The task that a folder was fine-tuned on, as `kmq run` and `kmq finetune` note it; else banking77."""
+    from ..files import read_json
+    from ..tasks import load_task
+
+    for folder in (model, *model.resolve().parents[:2]):
+        if (folder / TASK_FILE).is_file():
+            source = read_json(folder / TASK_FILE)
+            if isinstance(source, dict):
+                note(f"task: {source.get('name') or source.get('validation_file')}, as {folder / TASK_FILE} says")
+                return load_task(**source)
+    note("task: banking77, for no other is named and the folder does not say")
+    return load_task()
+
+
+def _print_metrics(metrics: dict[str, float], as_json: bool) -> None:
+    print(json.dumps(metrics) if as_json else pairs((name, f"{value:.4f}") for name, value in metrics.items()))

@@ -1,25 +1,32 @@
-"""Strangers' files read safely, and files that appear only when they are complete."""
+"""Strangers' files read safely, files that appear only when they are complete, models found, sizes as people write them."""
 
-from .content import file_record
-from .json import dump_json, parse_json, read_json
-from .locking import locked
-from .manifest import MANIFEST, DamagedError, check_files, manifest_digest, read_manifest, verify_files
-from .opening import CheckpointError, files_below, one_line, open_regular, read_exactly
-from .publishing import publish, publish_file, sync, write_json
-from .tensors import (
-    DTYPE_NAMES,
-    DTYPES,
-    INDEX,
-    OTHER_WEIGHTS,
-    PICKLES,
-    WEIGHTS,
-    StoredTensor,
-    header_bytes,
-    read_header,
-    stored_part,
-    stored_tensors,
-    weight_files,
-)
+from typing import TYPE_CHECKING
+
+from ..imports import on_first_use
+
+if TYPE_CHECKING:
+    from .content import file_record
+    from .hub import looks_local, model_folder
+    from .json import dump_json, parse_json, read_json
+    from .locking import locked
+    from .manifest import MANIFEST, DamagedError, check_files, manifest_digest, read_manifest, verify_files
+    from .opening import CheckpointError, files_below, one_line, open_regular, read_exactly
+    from .publishing import publish, publish_file, sync, write_json
+    from .sizes import parse_size
+    from .tensors import (
+        DTYPE_NAMES,
+        DTYPES,
+        INDEX,
+        OTHER_WEIGHTS,
+        PICKLES,
+        WEIGHTS,
+        StoredTensor,
+        header_bytes,
+        read_header,
+        stored_part,
+        stored_tensors,
+        weight_files,
+    )
 
 __all__ = [
     "DTYPES",
@@ -38,10 +45,13 @@ __all__ = [
     "files_below",
     "header_bytes",
     "locked",
+    "looks_local",
     "manifest_digest",
+    "model_folder",
     "one_line",
     "open_regular",
     "parse_json",
+    "parse_size",
     "publish",
     "publish_file",
     "read_exactly",
@@ -55,3 +65,21 @@ __all__ = [
     "weight_files",
     "write_json",
 ]
+
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "content": ("file_record",),
+        "hub": ("looks_local", "model_folder"),
+        "json": ("dump_json", "parse_json", "read_json"),
+        "locking": ("locked",),
+        "manifest": ("MANIFEST", "DamagedError", "check_files", "manifest_digest", "read_manifest", "verify_files"),
+        "opening": ("CheckpointError", "files_below", "one_line", "open_regular", "read_exactly"),
+        "publishing": ("publish", "publish_file", "sync", "write_json"),
+        "sizes": ("parse_size",),
+        "tensors": (
+            "DTYPES", "DTYPE_NAMES", "INDEX", "OTHER_WEIGHTS", "PICKLES", "WEIGHTS", "StoredTensor", "header_bytes",
+            "read_header", "stored_part", "stored_tensors", "weight_files",
+        ),
+    },
+)  # fmt: skip

@@ -28,7 +28,8 @@ def sync(path: Path) -> None:
 def publish(folder: Path) -> Iterator[Path]:
     """A folder to write into that becomes `folder` only when the block ends well; else nothing is left of it.
 
-    Raises CheckpointError where another process is writing that folder, and where it exists and is not empty.
+    Files in it get the permissions that the umask leaves, whatever they were written with (safetensors: 0600). Raises
+    CheckpointError where another process is writing that folder, and where it exists and is not empty.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -39,8 +40,10 @@ def publish(folder: Path) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
+            mode = partial.stat().st_mode & 0o666
             for file in partial.rglob("*"):
                 if file.is_file():
+                    file.chmod(mode)
                     sync(file)
             os.replace(partial, folder)
             sync(folder.parent)
@@ -53,11 +56,15 @@ def publish(folder: Path) -> Iterator[Path]:
 def publish_file(path: Path) -> Iterator[Path]:
     """A path to write a file to that becomes `path` only when the block ends well: the old file or the whole new one.
 
-    The path is this call's own, so that two processes never write into one another's file.
+    The path is this call's own, so that two processes never write into one another's file. Its permissions are those that the
+    umask leaves, as in `publish`.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)
         sync(partial)
         os.replace(partial, path)
     except BaseException:

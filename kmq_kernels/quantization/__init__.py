@@ -6,7 +6,7 @@ from .config import PRESETS, QUANT_METHOD, KMQConfig, name_matches
 from .encoding import encode_weights, encoded_bytes
 from .heads import classification_layers
 from .marking import described, mark_quantized
-from .plan import Plan, plan, remarks
+from .plan import Plan, plan, refuse_unmatched, remarks
 from .quantize import quantize_
 from .size import ModelSize, model_size
 from .swap import dequantize_, join_indices, part_indices, swap, swap_empty
@@ -37,6 +37,7 @@ __all__ = [
     "part_indices",
     "plan",
     "quantize_",
+    "refuse_unmatched",
     "remarks",
     "swap",
     "swap_empty",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import warnings
 from collections.abc import Iterator
 
@@ -77,6 +78,22 @@ def plan(model: nn.Module, config: KMQConfig) -> Plan:
     known = [name for weight in weights for name in names(weight)]
     patterns = [*(config.skip or []), *(config.module_bits or {})]
     return Plan(weights, [pattern for pattern in patterns if not any(name_matches(pattern, name) for name in known)])
+
+
+def refuse_unmatched(chosen: Plan, config: KMQConfig, model: str) -> None:
+    """Raises ValueError for a pattern of the configuration that matches no layer, with the names that are nearest to it.
+
+    model: what the sentence calls the model.
+    """
+    if not chosen.unmatched:
+        return
+    pattern = chosen.unmatched[0]
+    names = [name for weight in chosen.weights for name in weight.modules]
+    parts = dict.fromkeys(part for name in names for part in name.split(".") if not part.isdecimal())
+    near = difflib.get_close_matches(pattern, [*parts, *names], n=3, cutoff=0.5)
+    nearest = f"; nearest: {', '.join(near)}" if near else f"; its layers are {_list(names)}"
+    argument = "skip" if pattern in (config.skip or []) else "module_bits"
+    raise ValueError(f"{argument}: {pattern!r} matches no embedding or linear layer of {model}{nearest}")
 
 
 def remarks(model: nn.Module, chosen: Plan) -> list[str]:

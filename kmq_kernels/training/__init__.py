@@ -1,11 +1,11 @@
-"""Tasks, the three stages on transformers' Trainer, and comparisons of many configurations."""
+"""The three stages on transformers' Trainer, and comparisons of many configurations."""
 
+from ..tasks import Task, TaskError, load_task, tokenize
 from .comparison import Comparison, Variant, read_variants, standard_variants
 from .finetune import calibration_batches, distillation_loss, evaluate, finetune, parameter_groups
-from .models import EMBEDDED_MODEL, load_for_task, resolve_model, save
+from .models import EMBEDDED_MODEL, check_fits, load_for_task, load_tokenizer, resolve_model, save
 from .run import Run, stopped_stages
 from .settings import DivergedError, PipelineError, SensitivitySettings, TrainingSettings
-from .tasks import Task, TaskError, load_task, tokenize
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -19,11 +19,13 @@ __all__ = [
     "TrainingSettings",
     "Variant",
     "calibration_batches",
+    "check_fits",
     "distillation_loss",
     "evaluate",
     "finetune",
     "load_for_task",
     "load_task",
+    "load_tokenizer",
     "parameter_groups",
     "read_variants",
     "resolve_model",

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..quantization import KMQConfig
+from ..tasks import Task
 from .run import Run, log
 from .settings import PipelineError, SensitivitySettings, TrainingSettings
-from .tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Comparison:
         Raises PipelineError before anything is computed where one of the folders holds another run.
         """
         pairs = [(task, seed) for seed in self.seeds for task in self.tasks]
-        runs = [self.run_of(task, seed, self.out / task.name / f"seed{seed}") for task, seed in pairs]
+        runs = [self.run_of(task, seed, self.out / task.folder / f"seed{seed}") for task, seed in pairs]
         for run in runs:
             if run.out.exists():
                 run.check()

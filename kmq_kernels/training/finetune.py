@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -10,11 +12,19 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..layers import CodebookModule
+from ..tasks import Task, class_names, tokenize
+from ..terminal import draws_bars
+from .models import check_fits
 from .settings import DivergedError, PipelineError, TrainingSettings
-from .tasks import Task, tokenize
+
+log = logging.getLogger(__name__)
+
+MANY_UNKNOWN = 0.1  # share of the tokens of a data set
 
 
 def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
@@ -129,6 +139,39 @@ class _StageTrainer(Trainer):
         return self.optimizer
 
 
+class _Bar(TrainerCallback):
+    """A bar of the steps, and nothing else: Trainer's own callbacks print dictionaries between its bars."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._bar: Any = None
+
+    def _start(self, total: int) -> None:
+        self._bar = tqdm(total=total, desc=self._title, leave=False, dynamic_ncols=True, disable=not draws_bars())
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start(state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
+        if self._bar is None:
+            self._start(len(eval_dataloader))
+        self._bar.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop()
+
+
 def _trainer(
     model: Any,
     tokenizer: Any,
@@ -137,8 +180,9 @@ def _trainer(
     train: Any = None,
     metrics: Any = None,
     teacher: Any = None,
+    title: str = "",
 ) -> _StageTrainer:
-    return _StageTrainer(
+    trainer = _StageTrainer(
         settings,
         teacher,
         model=model,
@@ -147,6 +191,10 @@ def _trainer(
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=metrics,
     )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(_Bar(title))
+    return trainer
 
 
 def _clipping(model: nn.Module) -> dict[str, float]:
@@ -154,19 +202,56 @@ def _clipping(model: nn.Module) -> dict[str, float]:
     return {"max_grad_norm": 0.0} if any(isinstance(module, CodebookModule) for module in model.modules()) else {}
 
 
+def _task_for(model: Any, tokenizer: Any, task: Task, max_length: int) -> Task:
+    """The task with the labels of the model, when everything fits."""
+    check_fits(model, tokenizer, max_length)
+    task, sentence = task.for_model(class_names(model.config.id2label, model.config.num_labels))
+    if sentence:
+        _say(f"{task.name}: {sentence}")
+    return task
+
+
+def _tokens(name: str, split: Any, tokenizer: Any, max_length: int) -> Any:
+    """The split as tokens; says so where the tokenizer does not know many of its words."""
+    tokens = tokenize(split, tokenizer, max_length)
+    if (unknown := tokenizer.unk_token_id) is not None:
+        ids = np.concatenate([chunk.flatten().to_numpy() for chunk in tokens.data.column("input_ids").chunks])
+        words = ids[~np.isin(ids, [token for token in tokenizer.all_special_ids if token != unknown])]
+        share = float((words == unknown).mean()) if len(words) else 0.0
+        if share > MANY_UNKNOWN:
+            _say(f"{name}: {share:.0%} of the tokens are unknown to the tokenizer; is it the one of this model and language?")
+    return tokens
+
+
+@functools.cache
+def _say(sentence: str) -> None:
+    """Warns, once: the stages of a run evaluate the same texts again."""
+    log.warning("%s", sentence)
+
+
 def finetune(
-    model: Any, tokenizer: Any, task: Task, settings: TrainingSettings, scratch: Path, teacher: Any = None
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    settings: TrainingSettings,
+    scratch: Path,
+    teacher: Any = None,
+    title: str = "fine-tune",
 ) -> list[float]:
     """Fine-tunes `model` in place on the task's training set and returns the loss of every step. `scratch`: a folder Trainer may
-    write to. teacher: a model to distill from, where the settings ask for it.
+    write to. teacher: a model to distill from, where the settings ask for it. title: of the progress bar.
 
-    In a quantized model the packed indices stay as they are; codebooks and everything in floating point train. Raises
-    DivergedError where a loss, or a weight at the end, is NaN or Inf.
+    In a quantized model the packed indices stay as they are; codebooks and everything in floating point train. Classes of the
+    task and of the model are matched by name, see `Task.for_model`. Raises DivergedError where a loss, or a weight at the end, is
+    NaN or Inf.
     """
     if settings.distill and teacher is None:
         raise PipelineError("distill: expected a model to distill from; `kmq run` has one, the model of stage 1")
-    train = tokenize(task.train, tokenizer, settings.max_length)
-    trainer = _trainer(model, tokenizer, settings, scratch, train, teacher=teacher if settings.distill else None)
+    if not len(task.train):
+        raise PipelineError(f"train_file: {task.name} has no training set")
+    task = _task_for(model, tokenizer, task, settings.max_length)
+    train = _tokens(f"{task.name}, training set", task.train, tokenizer, settings.max_length)
+    trainer = _trainer(model, tokenizer, settings, scratch, train, teacher=teacher if settings.distill else None, title=title)
     trainer.train()
     losses = trainer.checked_losses()
     for name, parameter in model.named_parameters():
@@ -187,11 +272,15 @@ def calibration_batches(
     return [dict(pad([tokens[i] for i in order[k : k + batch_size]])) for k in range(0, size, batch_size)]
 
 
-def evaluate(model: Any, tokenizer: Any, task: Task, settings: TrainingSettings, scratch: Path) -> dict[str, float]:
+def evaluate(
+    model: Any, tokenizer: Any, task: Task, settings: TrainingSettings, scratch: Path, title: str = "evaluate"
+) -> dict[str, float]:
     """The task's metrics; where it has several evaluation sets, each key is "set/metric" and the plain key is of the first.
 
-    Raises DivergedError where an output of the model is NaN or Inf.
+    Classes of the task and of the model are matched by name, see `Task.for_model`. title: of the progress bar. Raises
+    DivergedError where an output of the model is NaN or Inf.
     """
+    task = _task_for(model, tokenizer, task, settings.max_length)
 
     def of_finite(prediction: Any) -> dict[str, float]:
         outputs = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
@@ -201,10 +290,10 @@ def evaluate(model: Any, tokenizer: Any, task: Task, settings: TrainingSettings,
 
     metrics: dict[str, float] = {}
     for name, split in task.evaluation.items():
-        tokens = tokenize(split, tokenizer, settings.max_length)
+        tokens = _tokens(f"{task.name}, {name} set", split, tokenizer, settings.max_length)
         lengths = [len(ids) for ids in tokens["input_ids"]]
         tokens = tokens.select(sorted(range(len(lengths)), key=lengths.__getitem__))  # batches of similar length pad little
-        found = _trainer(model, tokenizer, settings, scratch, metrics=of_finite).evaluate(tokens)
+        found = _trainer(model, tokenizer, settings, scratch, metrics=of_finite, title=title).evaluate(tokens)
         for key in task.metrics:
             metrics.setdefault(key, float(found[f"eval_{key}"]))
             if len(task.evaluation) > 1:

@@ -11,7 +11,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from ..files import INDEX, OTHER_WEIGHTS, WEIGHTS, CheckpointError, file_record, one_line, weight_files
-from .tasks import Task
+from ..tasks import Task
 
 _ROWS = 4096  # at a time
 

@@ -4,6 +4,7 @@ A run lives in one folder. Every stage appears under its name only when it is co
 from the last finished stage:
 
     OUT/run.json                          what was asked for, with the checksums of the model's files and of all rows of the data
+    OUT/task.json                         the arguments of `load_task` that give the task again
     OUT/.lock                             while a process works here; a second one is refused
     OUT/stage1/                           fine-tuned fp32 model
     OUT/fisher.safetensors, hessian...    sensitivities of its weights, where a configuration needs them
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -35,19 +37,20 @@ from transformers import AutoTokenizer
 from .. import __version__, sensitivity
 from ..files import locked, publish, write_json
 from ..hf import load
-from ..quantization import KMQConfig, check_budget, model_size, plan, quantize_
+from ..quantization import KMQConfig, check_budget, model_size, plan, quantize_, refuse_unmatched
+from ..tasks import Task, class_names
 from .facts import layer_facts, peak_memory, reset_peak_memory, versions
 from .finetune import calibration_batches, evaluate, finetune
 from .identity import changed_file, data_digests, difference, model_digests
-from .models import folder_bytes, load_for_task, resolve_model, save
+from .models import check_fits, folder_bytes, load_for_task, resolve_model, save
 from .settings import DivergedError, PipelineError, SensitivitySettings, TrainingSettings
-from .tasks import Task
 
 log = logging.getLogger(__name__)
 
 
 STAGE_FILE = "stage.json"
 LAYERS_FILE = "layers.json"
+TASK_FILE = "task.json"
 LOCK = ".lock"
 
 
@@ -73,14 +76,19 @@ class Run:
     keep_models: bool = True
     _checked: set[Path] = dataclasses.field(default_factory=set, init=False, repr=False)  # stages whose files are as noted
 
+    @functools.cached_property
+    def _source(self) -> str:
+        """Where the model is; a hub is asked once."""
+        return resolve_model(self.model)
+
     def request(self) -> dict[str, Any]:
         """All that decides the result; reads the model's files and the data for their checksums."""
         labels = self.task.label_names
         return {
             "kmq_kernels": __version__,
             "model": self.model,
-            "model_files": model_digests(resolve_model(self.model)),
-            "task": self.task.source or self.task.name,
+            "model_files": model_digests(self._source),
+            "task": self.task.name,
             "num_labels": self.task.num_labels,
             "labels": None if labels is None else list(labels),
             "data": data_digests(self.task),
@@ -97,15 +105,18 @@ class Run:
 
     def __call__(self) -> dict[str, Any]:
         """Runs what is not finished yet and returns the content of results.json."""
+        self.check()
+        begun = self._refused_before()
         with self._claimed():
             self._open_folder()
             self._checked.clear()
-            return self._run(resolve_model(self.model))
+            return self._run(begun)
 
-    def _run(self, source: str) -> dict[str, Any]:
+    def _run(self, begun: list[tuple[Any, Any]]) -> dict[str, Any]:
         first = self.out / "stage1"
-        self._check_budgets(source, first)
-        self._stage(first, "stage 1: fine-tune", lambda: load_for_task(source, self.task, self.stage1.seed), self.stage1)
+        title = f"stage 1: fine-tune, {self.stage1.steps} steps"
+        self._stage(first, title, lambda: begun.pop() if begun else self._fresh(), self.stage1)
+        begun.clear()
         if self.control:
             self._stage(
                 self.out / "control",
@@ -117,13 +128,24 @@ class Run:
             self._configuration(name, config, first)
         return self.results()
 
-    def _check_budgets(self, source: str, first: Path) -> None:
-        """A budget that cannot be met is said before anything is trained: sizes do not depend on the weights."""
-        budgets = [config for config in self.configs.values() if config.has_budget]
-        if budgets and not (first / STAGE_FILE).is_file():
-            model, _ = load_for_task(source, self.task, self.stage1.seed)
-            for config in budgets:
-                check_budget(model, config)
+    def _fresh(self) -> tuple[Any, Any]:
+        return load_for_task(self._source, self.task, self.stage1.seed)
+
+    def _refused_before(self) -> list[tuple[Any, Any]]:
+        """Refuses what can be refused before anything is trained or noted: a folder that lacks something, texts longer than the
+        model takes, patterns that match nothing, a budget that cannot be met. Returns the model of stage 1 if that is to come."""
+        first = self.out / "stage1"
+        begun = (first / STAGE_FILE).is_file()
+        new = [config for name, config in self.configs.items() if not (self.out / name / "stage2" / STAGE_FILE).is_file()]
+        if begun and not new:
+            return []
+        model, tokenizer = load_for_task(str(first), self.task, self.stage1.seed) if begun else self._fresh()
+        for settings in (self.stage1, self.stage3, *filter(None, self.stage3_of.values())):
+            check_fits(model, tokenizer, settings.max_length)
+        for config in new:
+            refuse_unmatched(plan(model, config), config, type(model).__name__)
+            check_budget(model, config)
+        return [] if begun else [(model, tokenizer)]
 
     def _configuration(self, name: str, config: KMQConfig, first: Path) -> None:
         second, third = self.out / name / "stage2", self.out / name / "stage3"
@@ -137,7 +159,7 @@ class Run:
                     return self._quantized(first, config)
                 return load(self._as_noted(second)), AutoTokenizer.from_pretrained(second)
 
-            self._stage(third, f"{name}, stage 3: fine-tune again", again, training)
+            self._stage(third, f"{name}, stage 3: fine-tune again, {training.steps} steps", again, training)
         if not self.keep_models:
             for file in (self.out / name).glob("*/*.safetensors"):
                 file.unlink()
@@ -177,6 +199,7 @@ class Run:
         request = self.check()
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out / "run.json", request)
+        write_json(self.out / TASK_FILE, self.task.source)
 
     def _as_noted(self, stage: Path) -> Path:
         """The folder of a finished stage, whose files are still those that it wrote."""
@@ -193,12 +216,12 @@ class Run:
         how, names = self.sensitivity, [weight.name for weight in plan(model, config).quantized]
         # Of all weights that could be quantized: configurations with other `skip` share the file.
         if config.needs_fisher:
-            batches = self._calibration(tokenizer, how.fisher_batch_size, how.fisher_batches)
+            batches = self._calibration(model, tokenizer, how.fisher_batch_size, how.fisher_batches)
             fisher = sensitivity.fisher_diagonal(model.to(_device()), batches, path=self.out / "fisher.safetensors")
             importance = {name: fisher[name].cpu() for name in names if name in fisher}
             importance = sensitivity.importance(importance, how.damping)
         if config.allocation == "hessian":
-            batches = self._calibration(tokenizer, how.hessian_batch_size, how.hessian_batches)
+            batches = self._calibration(model, tokenizer, how.hessian_batch_size, how.hessian_batches)
             eigenvalues = sensitivity.hessian_eigenvalues(
                 model.to(_device()), batches, iterations=how.hessian_iterations, path=self.out / "hessian.safetensors"
             )
@@ -206,21 +229,21 @@ class Run:
         quantize_(model.cpu(), config, sample_weight=importance, eigenvalues=eigenvalues)
         return model, tokenizer
 
-    def _calibration(self, tokenizer: Any, batch_size: int, count: int) -> list[dict[str, torch.Tensor]]:
-        return calibration_batches(self.task, tokenizer, batch_size, count, self.stage1.max_length, self.stage1.seed)
+    def _calibration(self, model: Any, tokenizer: Any, batch_size: int, count: int) -> list[dict[str, torch.Tensor]]:
+        task, _ = self.task.for_model(class_names(model.config.id2label, model.config.num_labels))
+        return calibration_batches(task, tokenizer, batch_size, count, self.stage1.max_length, self.stage1.seed)
 
     def _stage(self, folder: Path, title: str, make: Callable[[], tuple[Any, Any]], training: TrainingSettings | None) -> None:
         if (folder / STAGE_FILE).is_file():
             stopped = json.loads((folder / STAGE_FILE).read_text()).get("stopped")
             self.announce(f"{title}: {stopped or 'finished earlier'}")
             return
-        self.announce(title)
         start = time.perf_counter()
         reset_peak_memory()
         model, tokenizer = make()
         with publish(folder) as partial:
             try:
-                facts = self._made(partial, model, tokenizer, training, start)
+                facts = self._made(partial, model, tokenizer, training, start, title)
                 original = None if folder.parent == self.out else load(self._as_noted(self.out / "stage1"))
                 write_json(partial / LAYERS_FILE, layer_facts(model, original))
             except DivergedError as error:
@@ -236,18 +259,24 @@ class Run:
                 }
             write_json(partial / STAGE_FILE, {**facts, "versions": versions(), "command": list(self.command)})
         write_json(self.out / "results.json", self.results())
+        if "stopped" not in facts:
+            metric = self.task.metric
+            size = f"{facts['bytes_on_disk'] / 1e6:.2f} MB, {facts['bits_per_weight']:.2f} bits per weight"
+            self.announce(f"{title}: {metric.replace('_', ' ')} {facts['metrics'][metric]:.4f}, {facts['seconds']:.1f} s, {size}")
 
-    def _made(self, partial: Path, model: Any, tokenizer: Any, training: TrainingSettings | None, start: float) -> dict[str, Any]:
+    def _made(
+        self, partial: Path, model: Any, tokenizer: Any, training: TrainingSettings | None, start: float, title: str
+    ) -> dict[str, Any]:
         """Trains and evaluates a model, saves it in the folder `partial`, and returns its figures."""
         scratch = partial / "trainer"
         losses = []
         try:
             if training is not None:
                 teacher = load(self._as_noted(self.out / "stage1")) if training.distill else None
-                losses = finetune(model, tokenizer, self.task, training, scratch, teacher)
+                losses = finetune(model, tokenizer, self.task, training, scratch, teacher, title)
             seconds = time.perf_counter() - start
             memory = peak_memory()
-            metrics = evaluate(model, tokenizer, self.task, training or self.stage3, scratch)
+            metrics = evaluate(model, tokenizer, self.task, training or self.stage3, scratch, f"{title}, evaluation")
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         save(model, tokenizer, partial)

@@ -38,14 +38,14 @@ ids, logits = torch.load({inputs!r})
 folder = {folder!r}
 {order}
 import kmq_kernels as kmq
-from kmq_kernels.hf import registration
+from kmq_kernels.imports import _Follower
 from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained(folder)
 assert torch.equal(model(ids).logits, logits)
 from transformers.quantizers import auto
 assert auto.AUTO_QUANTIZER_MAPPING["kmq"] is type(model.hf_quantizer)
 assert "AUTO_QUANTIZER_MAPPING" in inspect.getsource(auto)
-assert not any(isinstance(finder, registration._Registration) for finder in sys.meta_path)
+assert not any(isinstance(finder, _Follower) for finder in sys.meta_path)
 assert pickle.loads(pickle.dumps(model.hf_quantizer)).quantization_config == model.config.quantization_config
 print(json.dumps("fine"))
 """

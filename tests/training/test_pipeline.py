@@ -239,7 +239,7 @@ def test_compare_resumes_and_reports(folder, monkeypatch, capsys):
     assert all(entry["name"] in out for entry in COMPARED)
     assert (folder / "cmp/report.html").is_file()
     for seed in (0, 1):
-        run = folder / f"cmp/train/seed{seed}"
+        run = folder / f"cmp/{folder.name}-train/seed{seed}"
         results = json.loads((run / "results.json").read_text())
         assert results["quantized"]["fisher-7bpw"]["stage3"] is None
         assert results["quantized"]["fisher-7bpw"]["stage2"]["bits_per_weight"] <= 7.0
@@ -297,7 +297,7 @@ def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
     [
         (["run", "{}/nowhere"], 1, "no such model folder"),
         (["run", "{}/model", "--task", "poetry"], 1, "poetry"),
-        (["run", "{}/model", "--bits", "9"], 1, "bits: expected an integer from 1 to 8, got 9"),
+        (["run", "{}/model", "--bits", "9"], 1, "--bits: expected an integer from 1 to 8, got 9"),
         (["run", "{}/model", "--steps", "0"], 1, "steps: expected at least 1"),
         (["run", "{}/model", "--size", "much"], 1, "size: expected a size such as"),
         (["run", "{}/model", "--size", "2KB", *OWN_FILES], 1, "size: the smallest possible for this model is"),
