@@ -183,8 +183,8 @@ def bench(
     """Time, memory and outputs of MODEL in fp32 and packed, on this machine."""
     import torch
 
-    from .. import build_info
     from ..layers import optimize_
+    from ..ops import build_info
     from ..training import resolve_model
 
     quieten(verbose)

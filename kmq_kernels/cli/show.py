@@ -83,7 +83,10 @@ def inspect(
     build = content["build"]
     rows = [(name, where["cpu"], where["cuda"]) for name, where in build["ops"].items()]
     print(table(("op", "cpu", "cuda"), rows, f"kmq_kernels {build['version']}, torch {build['torch']}", left=3))
-    print("\n" + pairs([("extension", build["extension"])]))
+    extension = build["extension"]
+    if isinstance(extension, dict):
+        extension = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in extension.items())
+    print("\n" + pairs([("extension", extension)]))
 
 
 def layers_table(layers: Sequence[dict[str, Any]], title: str, every: bool = False) -> str:

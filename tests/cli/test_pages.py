@@ -11,7 +11,7 @@ from kmq_kernels.cli import layout, show
 from kmq_kernels.cli.checkpoint import _print_plan, _print_summary
 from kmq_kernels.cli.training import _print_metrics, results_table, summary_table
 
-COMMANDS = ("", "run", "finetune", "evaluate", "quantize", "verify", "inspect", "report")
+COMMANDS = ("", "run", "finetune", "evaluate", "quantize", "verify", "bench", "inspect", "report")
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +184,14 @@ def test_tables_of_quantize(capsys):
     times = Times()
     times.total, times.read, times.cluster, times.write = 2.5, 0.5, 1.5, 0.25
     numbers = {"weights": 22_713_216, "quantized_weights": 22_565_376, "bytes_before": 90_852_864, "bytes_after": 11_877_312}
-    files = {"shards": 2, "shards_made": 1, "read_bytes": 90_852_864, "clustered_weights": 22_565_376, "peak_bytes": 612_000_000}
+    files = {
+        "shards": 2,
+        "shards_made": 1,
+        "side_files_made": True,
+        "read_bytes": 90_852_864,
+        "clustered_weights": 22_565_376,
+        "peak_bytes": 612_000_000,
+    }
     _print_summary(Summary(out="packed", model_class="BertModel", times=times, **numbers, **files), 1, as_json=False)
     assert_snapshot("table-quantize", capsys.readouterr().out)
 
