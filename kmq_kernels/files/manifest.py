@@ -13,6 +13,7 @@ from typing import Any
 from .content import file_record
 from .json import read_json
 from .opening import CheckpointError, open_regular
+from .tensors import weight_files
 
 MANIFEST = "kmq_manifest.json"
 DAMAGED = 5  # exit code: files do not match their checksums
@@ -44,11 +45,17 @@ def check_files(out: Path, files: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def verify_files(folder: Path) -> int:
-    """Checks every file that the manifest of a folder names, and says how many; raises DamagedError where one has changed."""
+    """Checks every file that the manifest of a model folder names, and says how many.
+
+    Raises DamagedError where one has changed, and where the folder has weights that the manifest does not name.
+    """
     files: dict[str, dict[str, Any]] = read_manifest(folder)["files"]
     if wrong := check_files(folder, files):
         more = f", and {len(wrong) - 1} more files are not as they were made" if len(wrong) > 1 else ""
         raise DamagedError(f"{folder}: {wrong[0]}{more}")
+    for path in (*weight_files(folder), folder / "config.json"):
+        if str(path.relative_to(folder)) not in files:
+            raise DamagedError(f"{folder}: {path.name} is not in the manifest")
     return len(files)
 
 

@@ -13,7 +13,9 @@ import transformers
 from ..files import CheckpointError, StoredTensor, one_line, read_json
 
 # Fields of config.json that say how often modules repeat, and those that say how large something is.
-_REPEATED = re.compile(r"layers?$|_groups?(_num)?$|blocks?$|experts?$")
+_REPEATED = re.compile(r"layers?$|hidden_groups?$|group_num$|blocks?$")
+_EXPERTS = re.compile(r"experts?$")  # repeated, too, but one tensor can hold all of a layer, or a small model have none
+_MOST_EXPERTS = 4096  # that are built without a tensor to show for them
 _SIZES = re.compile(r"size|dim|hidden|position|embeddings|vocab|labels")
 
 
@@ -36,6 +38,8 @@ def check_sizes(folder: Path, content: Any, stored: dict[str, StoredTensor], dep
             continue
         if _REPEATED.search(name) and value > max(len(stored), 64):
             raise CheckpointError(f"{folder / 'config.json'}: {name} is {value}, the checkpoint has {len(stored)} tensors")
+        if _EXPERTS.search(name) and value > max(len(stored), _MOST_EXPERTS):
+            raise CheckpointError(f"{folder / 'config.json'}: {name} is {value}, expected at most {_MOST_EXPERTS}")
         if _SIZES.search(name) and value > max(weights, 1 << 20):
             raise CheckpointError(f"{folder / 'config.json'}: {name} is {value}, the checkpoint has {weights} weights")
 
@@ -69,27 +73,41 @@ def find_class(name: Any, config: Any, folder: Path) -> Any:
         if known is transformers.PreTrainedModel:
             continue
         expected = known.config_class
-        if expected is not None and not isinstance(config, expected):
+        if expected is not None and not isinstance(config, expected) and auto_class(known, config) is None:
             sentence = f"config.json names the class {name}, which has no model_type {config.model_type!r}"
             raise CheckpointError(f"{folder}: {sentence}")
         return known
     raise CheckpointError(f"{folder}: transformers has no model class {name}")
 
 
-def _registered(name: Any) -> list[Any]:
+def _auto_classes() -> list[Any]:
     from transformers.models.auto import modeling_auto
 
-    found = []
-    for auto in vars(modeling_auto).values():
-        for known in getattr(getattr(auto, "_model_mapping", None), "_extra_content", {}).values():
-            found += [one for one in (known if isinstance(known, (tuple, list)) else [known]) if one.__name__ == name]
-    return found
+    found = [auto for auto in vars(modeling_auto).values() if isinstance(auto, type)]
+    return [auto for auto in found if getattr(auto, "_model_mapping", None) is not None]
+
+
+def _each(known: Any) -> list[Any]:
+    return list(known) if isinstance(known, (tuple, list)) else [known]
+
+
+def _registered(name: Any) -> list[Any]:
+    """Classes of that name that somebody has registered with the Auto classes."""
+    extra = [known for auto in _auto_classes() for known in getattr(auto._model_mapping, "_extra_content", {}).values()]
+    return [one for known in extra for one in _each(known) if one.__name__ == name]
+
+
+def auto_class(model_class: Any, config: Any) -> Any:
+    """The Auto class that has this model class for a configuration, as for families with classes of others; None without one."""
+    for auto in _auto_classes():
+        if any(known is model_class for known in _each(auto._model_mapping.get(type(config), None))):
+            return auto
+    return None
 
 
 def base_classes(config: Any) -> list[Any]:
     """The class, or classes, of the base model for a configuration."""
-    base = transformers.AutoModel._model_mapping.get(type(config), None)
-    return [known for known in (base if isinstance(base, (tuple, list)) else [base]) if known is not None]
+    return [known for known in _each(transformers.AutoModel._model_mapping.get(type(config), None)) if known is not None]
 
 
 def on_meta(model_class: Any, config: Any, dtype: torch.dtype, folder: Path) -> Any:

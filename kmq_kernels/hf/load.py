@@ -10,7 +10,7 @@ import transformers
 
 from ..files import MANIFEST, CheckpointError, StoredTensor, one_line, stored_tensors, verify_files, weight_files
 from ..quantization import QUANT_METHOD, KMQConfig
-from .classes import base_classes, check_sizes, config_content, find_class, model_config, model_dtype, on_meta
+from .classes import auto_class, base_classes, check_sizes, config_content, find_class, model_config, model_dtype, on_meta
 from .contents import inspect, stored_dtype
 from .names import kept_names, match
 
@@ -39,6 +39,8 @@ def load(path: str | Path, *, verify: bool = False, **kwargs: Any) -> Any:
     trusted = kwargs.get("trust_remote_code") is True
     config = model_config(folder, trust_remote_code=trusted)
     model_class = _fitting_class(folder, config, stored, trusted)
+    if not isinstance(config, getattr(model_class, "config_class", None) or object):  # it would read config.json as another
+        model_class = auto_class(model_class, config)
     with_info = kwargs.pop("output_loading_info", False)
     try:
         model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)

@@ -1,0 +1,128 @@
+"""Every family that transformers builds from a small configuration: quantized, saved, read in a fresh process, bit for bit.
+
+The list of families in the default run is short and named; the walk over all of them is slow.
+"""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from checkpoints import quantize
+from small_models import build, kinds
+
+import kmq_kernels as kmq
+from kmq_kernels.checkpoint import verify_checkpoint
+
+NAMED = [
+    ("bert", "AutoModelForMaskedLM"),
+    ("distilbert", "AutoModelForSequenceClassification"),
+    ("deberta-v2", "AutoModelForMaskedLM"),
+    ("modernbert", "AutoModelForMaskedLM"),
+    ("nomic_bert", "AutoModel"),  # saves the names of the original checkpoint, and joins its projections
+    ("jina_embeddings_v3", "AutoModel"),
+    ("gte", "AutoModelForMaskedLM"),
+    ("xlm-roberta", "AutoModel"),
+    ("t5", "AutoModelForSequenceClassification"),  # tied inside
+    ("clip", "AutoModel"),  # two models in one
+    ("gpt2", "AutoModel"),
+]
+HEADS = ["AutoModelForMaskedLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"]
+
+# Families that are refused, and the sentence: by quantize_, and by `kmq quantize` alone.
+REFUSED = {}
+REFUSED_AS_STREAM = {}
+
+READ = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import torch, transformers
+import kmq_kernels
+from test_walk import digest
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+found = {{}}
+for name, (auto, folder) in json.loads({work!r}).items():
+    try:
+        found[name] = digest(getattr(transformers, auto).from_pretrained(folder))
+    except Exception as error:
+        found[name] = f"{{type(error).__name__}}: {{error}}"
+print(json.dumps(found))
+"""
+
+
+def digest(model):
+    """SHA-256 of everything a model holds, and of what it makes of a few token ids where it takes nothing else."""
+    content = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    try:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            out = model(input_ids=torch.tensor([[7, 8, 9, 10, 11, 12, 13, 6]]))[0]
+        content.update(out.float().contiguous().numpy().tobytes())
+    except Exception:  # another kind of input: then the tensors are compared alone
+        content.update(b"no output")
+    return content.hexdigest()
+
+
+def walk(work, folder, run_python):
+    """{name: what is wrong} for (kind, auto class) pairs; each is quantized in memory and as a stream."""
+    wrong, expected, todo = {}, {}, {}
+    for kind, auto in work:
+        name = f"{kind} {auto}"
+        model = build(kind, auto)
+        if model is None:
+            wrong[name] = "not built"
+            continue
+        model.save_pretrained(folder / name / "dense")
+        try:
+            kmq.quantize_(model, kmq.KMQConfig(bits=3))
+            model.save_pretrained(folder / name / "packed")
+        except Exception as error:
+            wrong[name] = f"{type(error).__name__}: {error}"
+            shutil.rmtree(folder / name)
+            continue
+        expected[name] = digest(model)
+        todo[name] = (auto, str(folder / name / "packed"))
+        try:
+            quantize(folder / name / "dense", folder / name / "stream", bits=3, model_class=type(model).__name__)
+            verify_checkpoint(folder / name / "stream")
+            expected[f"{name} stream"] = expected[name]
+            todo[f"{name} stream"] = (auto, str(folder / name / "stream"))
+        except Exception as error:
+            wrong[f"{name} stream"] = f"{type(error).__name__}: {error}"
+        shutil.rmtree(folder / name / "dense")
+    from pathlib import Path
+
+    found = run_python(READ.format(tests=str(Path(__file__).parent), work=json.dumps(todo)))
+    return wrong | {name: found[name] for name in todo if found[name] != expected[name]}
+
+
+def test_named_families(tmp_path, run_python):
+    assert walk(NAMED, tmp_path, run_python) == {}
+
+
+def _refused(wrong):
+    """The refusals that are not on the lists, and the entries of the lists that are refused no more."""
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(8))
+def test_every_family(part, tmp_path, run_python):
+    work = [(kind, "AutoModel") for kind in kinds()[part::8] if build(kind, "AutoModel") is not None]
+    assert walk(work, tmp_path, run_python) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_every_family_with_a_head(head, tmp_path, run_python):
+    mapping = getattr(transformers, head)._model_mapping
+    known = {config.model_type for config in mapping}
+    work = [(kind, head) for kind in kinds() if kind in known and build(kind, head) is not None]
+    assert len(work) > 50
+    assert walk(work, tmp_path, run_python) == {}
