@@ -114,7 +114,7 @@ def weight() -> str:
     p.text(34, top + 41, "a parameter that trains")
     p.rectangle(246, top + 2, 212, 50, "ours", 6)
     p.text(258, top + 22, "packed", "name")
-    p.text(258, top + 41, "a parameter without gradient")
+    p.text(258, top + 41, "a buffer: it never trains")
     p.arrow("save_pretrained", x=60)
     p.step("model.safetensors and config.json", "the state dict as it is: no other form is stored")
     return p.svg()
