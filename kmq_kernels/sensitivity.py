@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from . import __version__
-from .files import locked, publish_file
+from .files import locked, one_line, publish_file
 from .quantization import KMQConfig, plan
 from .terminal import draws_bars
 
@@ -45,7 +45,13 @@ class SensitivityError(ValueError):
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The loss that a transformers model computes of a batch with labels."""
-    loss = model(**batch).loss
+    if not isinstance(batch, Mapping):
+        wanted = "dictionaries of the model's arguments, such as input_ids and labels"
+        raise SensitivityError(f"batches: expected {wanted}, got {type(batch).__name__}")
+    try:
+        loss = model(**batch).loss
+    except (TypeError, AttributeError) as error:
+        raise SensitivityError(f"batches: {type(model).__name__} does not take them ({one_line(error)})") from None
     if loss is None:
         raise SensitivityError("batches: the model gives no loss; expected batches with labels")
     return loss

@@ -12,7 +12,6 @@ import hashlib
 import math
 import os
 import pickle
-import re
 import sys
 import threading
 from collections.abc import Callable
@@ -29,6 +28,8 @@ from ..files import (
     StoredTensor,
     file_record,
     files_below,
+    looks_local,
+    model_folder,
     one_line,
     stored_tensors,
 )
@@ -40,21 +41,19 @@ SHARD_BYTES = 256_000_000
 T = TypeVar("T")
 
 
-_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
 def find_source(model: str, revision: str | None = None) -> tuple[Path, Path | None]:
     """The folder of a model, and the `root` for `make_plan`: `model` itself, or what huggingface_hub downloads for a hub id.
 
     Raises CheckpointError where there is neither.
     """
     path = Path(model)
-    if path.exists() or not _REPO_ID.fullmatch(model):
+    if path.exists() or looks_local(model):
         return path, None
     from huggingface_hub import snapshot_download
 
+    folder = model_folder(model, revision)
     try:
-        folder = Path(snapshot_download(model, revision=revision, ignore_patterns=list(NOT_DOWNLOADED)))
+        folder = folder or Path(snapshot_download(model, revision=revision, ignore_patterns=list(NOT_DOWNLOADED)))
     except Exception as error:  # no network, no such model, no permission: each has its own class
         raise CheckpointError(f"{model}: no such folder, and the hub does not give it ({one_line(error)})") from None
     return folder, folder.parent.parent  # the files of a snapshot are links into the cache of the repository

@@ -178,7 +178,8 @@ def output_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        kept = "; finished shards are kept, the same command goes on from there"
+        out = path.parents[1] if path.parent.name == STATE else path
+        kept = "; finished shards are kept, the same command goes on from there" if any(out.glob("*.safetensors")) else ""
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}{kept}") from None
 
 

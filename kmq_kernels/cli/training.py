@@ -269,7 +269,6 @@ def run(
         single = comparison.run_of(tasks[0], seed, out)
         single.keep_models = keep_models is not False
         results = single()
-        _say_what_a_budget_left(results, names)
         text, written = results_table(results), out / "results.json"
         content: Any = results
         everything = [results]
@@ -291,18 +290,6 @@ def _name(config: Any) -> str:
         budget = f"-{config.bits_per_weight:g}bpw" if config.bits_per_weight else f"-{config.size}bytes" if config.size else ""
         name = f"{config.preset or config.scheme}-{config.allocation}{budget or f'-{config.bits}bit'}"
     return name
-
-
-def _say_what_a_budget_left(results: dict[str, Any], names: list[str]) -> None:
-    """Bits that are the same for all modules can leave much of a budget: a quarter of it is worth a line."""
-    for name in names:
-        config, facts = results["request"]["configs"][name], results["quantized"][name]["stage2"]
-        spent = {"size": "bytes_on_disk", "bits_per_weight": "bits_per_weight"}
-        for budget, fact in spent.items():
-            if config[budget] and config["allocation"] == "uniform" and facts and facts[fact] < 0.75 * config[budget]:
-                used = f"{facts[fact] / 1e6:.1f} of {config[budget] / 1e6:.1f} MB" if budget == "size" else ""
-                used = used or f"{facts[fact]:.2f} of {config[budget]:.2f} bits per weight"
-                note(f"{name}: the same bits for all modules use {used}; --allocation distortion spends the rest where it helps")
 
 
 def summary_table(summary: Any) -> str:

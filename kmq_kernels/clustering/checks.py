@@ -1,7 +1,7 @@
 """Checks of what is to be clustered, and whether a compiled engine takes it."""
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -24,9 +24,27 @@ def check_options(algorithm: str, init: str, max_iter: int, tol: float, seed: in
     return Options(algorithm, init, int(max_iter), float(tol), int(seed))
 
 
+def is_numbers(values: Any) -> bool:
+    """Whether `values` is a list of numbers: one problem, where a list of anything else has one for each entry."""
+    return isinstance(values, (list, tuple)) and bool(values) and all(isinstance(value, (int, float)) for value in values)
+
+
+def as_tensor(name: str, values: Any) -> Tensor:
+    """`values` as they are, or a NumPy array or a list of numbers as a tensor."""
+    if isinstance(values, np.ndarray) and values.dtype.kind == "f" and values.dtype.itemsize in (2, 4, 8):
+        return torch.from_numpy(np.ascontiguousarray(values, values.dtype.newbyteorder("=")).copy())
+    if is_numbers(values):
+        return torch.tensor(values, dtype=torch.get_default_dtype())
+    if isinstance(values, Tensor):
+        return values
+    given = f"a NumPy array of {values.dtype}" if isinstance(values, np.ndarray) else type(values).__name__
+    raise TypeError(f"{name}: expected a floating-point tensor, a NumPy array or a list of numbers, got {given}")
+
+
 def check_values(name: str, values: Tensor) -> None:
     if not isinstance(values, Tensor) or not values.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {getattr(values, 'dtype', type(values).__name__)}")
+        given = f"one of {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor, got {given}")
     if values.numel() == 0:
         raise ValueError(f"{name}: expected at least one value, got an empty tensor of shape {tuple(values.shape)}")
 

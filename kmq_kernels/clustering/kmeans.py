@@ -8,13 +8,13 @@ that `assignments` is exactly `searchsorted(midpoints, values)` for the centroid
 
 import math
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .checks import by_engine, check_options, check_values, check_weight, refuse_values, spread_weights
+from .checks import as_tensor, by_engine, check_options, check_values, check_weight, is_numbers, refuse_values, spread_weights
 from .points import Array, Options, points_of, solve_points
 from .results import Algorithm, Init, KMeansResult
 
@@ -93,10 +93,10 @@ def _kmeans_compiled(problems: Sequence[tuple[str, Tensor, int, Tensor | None]],
 
 @overload
 def kmeans(
-    values: Tensor,
+    values: Tensor | Array | Sequence[float],
     num_centroids: int,
     *,
-    sample_weight: Tensor | None = None,
+    sample_weight: Tensor | Array | Sequence[float] | None = None,
     algorithm: Algorithm = "optimal",
     init: Init = "k-means++",
     max_iter: int = 300,
@@ -107,10 +107,10 @@ def kmeans(
 
 @overload
 def kmeans(
-    values: Sequence[Tensor],
+    values: Sequence[Tensor | Array],
     num_centroids: int | Sequence[int],
     *,
-    sample_weight: Sequence[Tensor | None] | None = None,
+    sample_weight: Sequence[Tensor | Array | None] | None = None,
     algorithm: Algorithm = "optimal",
     init: Init = "k-means++",
     max_iter: int = 300,
@@ -120,10 +120,10 @@ def kmeans(
 
 
 def kmeans(
-    values: Tensor | Sequence[Tensor],
+    values: Tensor | Array | Sequence[float] | Sequence[Tensor | Array],
     num_centroids: int | Sequence[int],
     *,
-    sample_weight: Tensor | Sequence[Tensor | None] | None = None,
+    sample_weight: Tensor | Array | Sequence[float] | Sequence[Tensor | Array | None] | None = None,
     algorithm: Algorithm = "optimal",
     init: Init = "k-means++",
     max_iter: int = 300,
@@ -133,8 +133,9 @@ def kmeans(
     """Clusters scalars: K centroids and the index of the nearest one for each value, minimising the weighted squared error.
 
     values: (N,) one problem, (B, N) B problems, or a list of such tensors of any lengths; fp32, fp64, bf16 or fp16, computed in
-    fp64. num_centroids: K from 1 to 256; a list may have one for each tensor. sample_weight: like values, not negative, not all
-    zero in any problem; a value of weight zero gets an index but has no say in the centroids.
+    fp64; NumPy arrays and, for one problem, a list of numbers will do. num_centroids: K from 1 to 256; a list may have one for
+    each tensor. sample_weight: like values, not negative, not all zero in any problem; a value of weight zero gets an index but
+    has no say in the centroids.
     algorithm: "optimal" is the global optimum for up to 16,384 values, and beyond solves the problem on a fine adaptive grid by
     dynamic programming, then on the values near the edges between clusters until Lloyd iterations over all values change nothing
     (with more than 64 centroids: on the bins of a histogram); "exact" the global optimum over all distinct values; "lloyd"
@@ -151,10 +152,14 @@ def kmeans(
     negative or all zero; TypeError for other dtypes.
     """
     options = check_options(algorithm, init, max_iter, tol, seed)
-    single = isinstance(values, Tensor)
-    tensors = [values] if isinstance(values, Tensor) else list(values)
-    names = ["values"] if single else [f"values[{i}]" for i in range(len(tensors))]
-    weights = spread_weights(tensors, sample_weight)
+    single = not isinstance(values, (list, tuple)) or is_numbers(values)
+    names = ["values"] if single else [f"values[{i}]" for i in range(len(values))]
+    tensors = [as_tensor(name, each) for name, each in zip(names, [values] if single else values, strict=True)]
+    given: Any = [sample_weight] if single and sample_weight is not None else sample_weight
+    weights = [
+        None if weight is None else as_tensor(f"sample_weight of {name}", weight)
+        for name, weight in zip(names, spread_weights(tensors, given), strict=True)
+    ]
     counts = [num_centroids] * len(tensors) if isinstance(num_centroids, int) else list(num_centroids)
     if len(counts) != len(tensors):
         raise ValueError(f"num_centroids: expected one for each of the {len(tensors)} tensors, got {len(counts)}")
@@ -175,7 +180,7 @@ def kmeans(
     return results[0] if single else [results[i] for i in range(len(tensors))]
 
 
-def linear_codebook(values: Tensor, num_centroids: int) -> KMeansResult:
+def linear_codebook(values: Tensor | Array | Sequence[float], num_centroids: int) -> KMeansResult:
     """The equal-width baseline: K equal bins over [min, max], each represented by the mean of its members.
 
     values: (N,) or (B, N), fp32, fp64, bf16 or fp16; num_centroids: K from 1 to 256. Returns a KMeansResult without iterations
@@ -183,6 +188,7 @@ def linear_codebook(values: Tensor, num_centroids: int) -> KMeansResult:
     the last bin), which need not be the nearest mean. An empty bin keeps its centre as centroid and has no members; the
     centroids ascend all the same. Raises like `kmeans`.
     """
+    values = as_tensor("values", values)
     check_values("values", values)
     if values.dim() not in (1, 2):
         raise ValueError(f"values: expected shape (N,) or (B, N), got {tuple(values.shape)}")

@@ -31,7 +31,7 @@ def model_folder(model: str, revision: str | None = None) -> Path | None:
     from huggingface_hub import HfApi, constants, snapshot_download
 
     if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set and the cache does not have it"
+        reason = "the hub does not give it (HF_HUB_OFFLINE is set, and the cache does not have it)"
     else:
         try:
             HfApi().model_info(model, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)

@@ -17,5 +17,5 @@ def parse_size(name: str, size: object) -> int:
     unit = _UNITS.get(found[2].upper()) if found else None
     value = float(found[1].replace("_", "")) * unit if found and unit else 0.0
     if value < 1 or value >= 1 << 63 or not value.is_integer():
-        raise ValueError(f"{name}: expected a size in bytes such as 500MB, 2GB, 10MiB or 8_000_000, got {size!r}")
+        raise ValueError(f"{name}: expected a size such as 500MB, 2GB, 10MiB or 8_000_000, got {size!r}")
     return int(value)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,15 @@ def _(assignments: Tensor, bits: int) -> Tensor:
     return assignments.new_empty((*assignments.shape[:-1], packing.row_bytes(assignments.shape[-1], bits)))
 
 
+def _codes(name: str, codes: Any) -> Tensor:
+    """`codes` as they are, or a NumPy array as a tensor."""
+    if isinstance(codes, np.ndarray):
+        return torch.from_numpy(codes.copy())
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"{name}: expected a tensor or NumPy array of uint8, got {type(codes).__name__}")
+    return codes
+
+
 def pack(assignments: Tensor, bits: int) -> Tensor:
     """Bit-packs the last dimension of `assignments`; the layout is drawn in packing.py.
 
@@ -34,6 +44,7 @@ def pack(assignments: Tensor, bits: int) -> Tensor:
     Returns packed (..., ceil(cols / 128) * 16 * bits) uint8. Raises TypeError for another dtype and ValueError for bits
     outside 1 to 8 or an assignment that does not fit.
     """
+    assignments = _codes("assignments", assignments)
     _check_pack(assignments, bits)
     if assignments.numel() and bits < 8 and int(assignments.max()) >= 2**bits:
         raise ValueError(f"assignments: expected values below {2**bits} for {bits} bits, got {int(assignments.max())}")
@@ -64,6 +75,7 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
     numel: indices in the last dimension (of one row). Raises TypeError for another dtype and ValueError where the number of
     bytes in a row does not fit `bits` and `numel`.
     """
+    packed = _codes("packed", packed)
     _check_unpack(packed, bits, numel)
     return kmq.unpack(packed, bits, numel)
 

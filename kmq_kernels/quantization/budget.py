@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 
 from torch import Tensor, nn
 
@@ -87,8 +88,21 @@ def allocate_bits(
         choice = allocation.least_error(costs, curves[:, least - 1 :].tolist(), budget)
     for weight, c in zip(free, choice, strict=True):
         weight.bits = least + c
+    if config.allocation == "uniform":
+        config = dataclasses.replace(config, bits=least + choice[0])  # what the layers have
+        _say_what_is_left(model, config, budget - sum(row[choice[0]] for row in costs))
     found = {_exactly(weight.name, model): least + c for weight, c in zip(free, choice, strict=True)}
     return dataclasses.replace(config, module_bits={**(config.module_bits or {}), **found})
+
+
+def _say_what_is_left(model: nn.Module, config: KMQConfig, unused: int) -> None:
+    """Warns where bits that are the same for all weights leave a quarter of a budget or more."""
+    whole = config.size or int((config.bits_per_weight or 0) * sum(p.numel() for p in model.parameters()) / 8)
+    if config.bits < 8 and unused > whole / 4 > 0:
+        argument = "size" if config.size else "bits_per_weight"
+        left = f"{unused / 1e6:.2f} of {whole / 1e6:.2f} MB" if whole >= 1e6 else f"{unused:,} of {whole:,} bytes"
+        sentence = f"{argument}: {config.bits} bits for all weights leave {left} unused; allocation 'distortion'"
+        warnings.warn(f"{sentence} (--allocation distortion) spends them where they help", stacklevel=4)
 
 
 def _too_small(config: KMQConfig, least: int, model: nn.Module) -> allocation.BudgetError:

@@ -11,6 +11,7 @@ import numpy as np
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..clustering import Algorithm, Init, Scheme
+from ..files import parse_size
 
 QUANT_METHOD = "kmq"
 
@@ -63,8 +64,9 @@ class KMQConfig(QuantizationConfigMixin):
         "distortion" (least squared error), "fisher" (least error weighted with the Fisher diagonal, which then weighs the
         clustering, too), "hessian" (more bits to larger eigenvalues). A module gets 1 bit only where the budget has no room for
         2 bits in every one. Modules in `module_bits` keep the bits given there. After quantization the choice stands there, too.
-    bits_per_weight, size: the budget, at most one of them: bits per weight of the model or bytes of its weight file, with
-        codebooks and everything left in floating point. Default: the size that `bits` for all would have.
+    bits_per_weight, size: the budget, at most one of them: bits per weight of the model or bytes of its weight file (a number, or
+        a text such as "8MB" or "10MiB"), with codebooks and everything left in floating point. Default: the size that `bits` for
+        all would have.
     weighting: "fisher" weighs each value in the clustering with its entry of the Fisher diagonal, see `sensitivity`.
     outlier_fraction: share of each weight, below 0.5, that is kept exactly, as sparse values: those that add most to the
         squared deviation from the mean, weighted where the clustering is.
@@ -146,6 +148,8 @@ class KMQConfig(QuantizationConfigMixin):
             raise ValueError("size: expected either size or bits_per_weight as the budget, got both")
         if self.bits_per_weight is not None and not 0 < self.bits_per_weight < math.inf:
             raise ValueError(f"bits_per_weight: expected a number above 0, got {self.bits_per_weight}")
+        if isinstance(self.size, (str, float)):
+            self.size = parse_size("size", self.size)
         if self.size is not None:
             self._expect_integer("size", self.size, 1, None)
         if not 0 <= self.outlier_fraction < 0.5:

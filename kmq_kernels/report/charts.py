@@ -104,7 +104,7 @@ def accuracy_chart(runs: Sequence[Record], style: dict[str, tuple[str, str]]) ->
     high = max(value.mean + (value.error or 0.0) for value in values)
     pad = 0.04 * (high - low) or 0.05
     sizes = [size for size, _, _ in everything] or [1.0, 8.0]
-    axes = Axes((min(sizes) / 1.08, max(sizes) * 1.08), (low - pad, high + pad), log_x=True)
+    axes = Axes((min(sizes) / 1.08, max(sizes) * 1.08), (low - pad, min(high + pad, 1.0)), log_x=True)  # no metric is above 1
     shown = [b for b in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 32) if axes.x[0] <= b <= axes.x[1]]
     metric = runs[0].results["metric"].replace("_", " ")
     parts = [_grid(axes, shown, ticks(*axes.y), "bits per weight of the whole model (logarithmic)", metric)]

@@ -70,7 +70,7 @@ def page(records: Sequence[Record]) -> str:
         layers = layer_data(group.runs)
         data.append(layers)
         sections.append(_section(number, group, tables[number], bool(layers["configurations"])))
-    seeds = ", ".join(str(seed) for seed in sorted({record.seed for record in records}))
+    seeds = sorted({record.seed for record in records})
     names = [group.task + (f" ({group.detail})" if group.detail else "") for group in groups]
     links = "".join(f'<a href="#task{i}">{escape(name)}</a> ' for i, name in enumerate(names))
     template = (HERE / "report.html").read_text(encoding="utf-8")
@@ -78,13 +78,19 @@ def page(records: Sequence[Record]) -> str:
         "STYLE": (HERE / "report.css").read_text(encoding="utf-8"),
         "SCRIPT": (HERE / "report.js").read_text(encoding="utf-8"),
         "TITLE": escape(f"kmq: {', '.join(dict.fromkeys(group.task for group in groups))}"),
-        "LEAD": escape(f"Runs: {len(records)}, seeds: {seeds}. Figures are means over the seeds ± their standard error."),
+        "LEAD": escape(_lead(len(records), seeds)),
         "LINKS": links,
         "SECTIONS": "".join(sections),
         "CONDITIONS": _conditions(records, groups),
         "DATA": dump_json(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: content[match.group(1)], template)
+
+
+def _lead(runs: int, seeds: Sequence[int]) -> str:
+    """What the figures are of."""
+    text = f"{runs} run{'' if runs == 1 else 's'}, seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}."
+    return text if len(seeds) == 1 else f"{text} Figures are means over the seeds ± their standard error."
 
 
 def _section(number: int, group: Group, table: Summary, layers: bool) -> str:
