@@ -101,7 +101,8 @@ def batches_of(folder):
 
 def start_sensitivity(kind, folder, path=True, **settings):
     model = kmq.load("model")
-    options = {"save_every": 1} if kind is fisher_diagonal else {"iterations": 1}
+    pooler = kmq.KMQConfig(skip=["encoder", "embeddings"])  # one module has a Hessian in little time
+    options = {"save_every": 1} if kind is fisher_diagonal else {"iterations": 1, "config": pooler}
     file = folder / f"{kind.__name__}.safetensors" if path else None
     return kind(model, batches_of(folder), path=file, **{**options, **settings})
 
