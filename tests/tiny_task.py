@@ -20,7 +20,7 @@ def word_tokenizer(words=WORDS):
 
 def write_task(folder, **config):
     """folder/model, folder/train.csv (64 rows) and folder/dev.csv (32 rows, labels no and yes)."""
-    named = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    named = {"num_labels": 2, "id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     family_model("bert", **{**named, **config}).save_pretrained(folder / "model")
     word_tokenizer().save_pretrained(folder / "model")
     generator = torch.Generator().manual_seed(0)

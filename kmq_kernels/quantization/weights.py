@@ -37,9 +37,16 @@ def _flat(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
-_LINEAR = Kind(nn.Linear, CodebookLinear, _as_it_is, frozenset(vars(nn.Linear(1, 1, device="meta"))))
-_EMBEDDING = Kind(nn.Embedding, CodebookEmbedding, _as_it_is, frozenset(vars(nn.Embedding(1, 1, device="meta"))))
-_POINTWISE = Kind(nn.Conv1d, CodebookPointwise, _flat, frozenset(vars(nn.Conv1d(1, 1, 1, device="meta"))))
+def _standard(plain: type[nn.Module], *unlisted: str) -> frozenset[str]:
+    """Attributes that every layer of a class has. No layer is made to look: that draws random numbers, or imports a compiler."""
+    listed = [name for kind in plain.__mro__ for name in getattr(kind, "__constants__", ())]
+    return frozenset([*vars(nn.Module()), *listed, *unlisted])
+
+
+_LINEAR = Kind(nn.Linear, CodebookLinear, _as_it_is, _standard(nn.Linear))
+_EMBEDDING = Kind(nn.Embedding, CodebookEmbedding, _as_it_is, _standard(nn.Embedding))
+_OF_CONV = ("transposed", "_reversed_padding_repeated_twice")
+_POINTWISE = Kind(nn.Conv1d, CodebookPointwise, _flat, _standard(nn.Conv1d, *_OF_CONV))
 
 
 def kind_of(module: nn.Module) -> Kind | None:

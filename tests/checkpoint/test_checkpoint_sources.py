@@ -145,7 +145,7 @@ def test_checksums_are_those_of_the_tensors(bert, tmp_path):
 
 
 def test_a_manifest_without_checksums_of_the_source(bert, tmp_path):
-    from kmq_kernels.checkpoint.verify import manifest_digest
+    from kmq_kernels.files import manifest_digest
 
     quantize(bert, tmp_path / "out", **SHARDS)
     file = tmp_path / "out/kmq_manifest.json"
