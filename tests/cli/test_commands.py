@@ -83,7 +83,7 @@ def test_a_run_in_a_pipe_is_a_line_a_stage_and_a_table(kmq, folder, files, monke
         json.loads(out)
     code, out, _ = kmq("inspect", folder / "out/kmeans-3bit/stage3")
     assert code == 0
-    assert "bert.encoder.layer.0-1: attention.self.query" in " ".join(out.split())
+    assert all(name in out for name in ("bert.encoder.layer.0-1:", "attention.self.query", "attention.output.dense"))
     code, out, _ = kmq("inspect", folder / "out/kmeans-3bit/stage3", "--all")
     assert "bert.encoder.layer.1.attention." in out
 
@@ -104,8 +104,8 @@ def test_finetune_and_evaluate_in_a_pipe(kmq, folder, files):
     assert code == 1
     assert said.splitlines() == [
         "kmq: task: banking77, for no other is named and the folder does not say",
-        "kmq: banking77: the model has 2 classes (no, yes), the task has 77 (activate_my_card, age_limit,"
-        " apple_pay_or_google_pay, atm_support, automatic_top_up, ...)",
+        "kmq: banking77: the model has 2 classes (no, yes), the task has 77 (card_arrival, card_linking, exchange_rate,"
+        " card_payment_wrong_exchange_rate, extra_charge_on_statement, ...)",
     ]
 
 
@@ -181,7 +181,7 @@ def test_exit_codes_are_the_same_in_all_commands(command, kmq, folder, tmp_path,
     taken.write_text("")
     code, _, said = kmq(command, model, "-o", taken / "out", *more)
     assert (code, len(said.splitlines())) == (3, 1)
-    assert said.startswith(f"kmq: {taken / 'out'}: cannot be written: Not a directory")
+    assert re.match(rf"kmq: {re.escape(str(taken))}\S*: cannot be written: (Not a directory|File exists)\b", said)
 
 
 def test_usage_errors_are_one_line(kmq):
