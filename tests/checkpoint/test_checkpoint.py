@@ -283,8 +283,11 @@ def test_command_line(sharded, tmp_path, capsys, monkeypatch):
     assert bits["embeddings.word_embeddings.weight"] is None
     assert bits["encoder.layer.0.attention.self.query.weight"] == 3
     code, text, said = run_cli(capsys, monkeypatch, "quantize", source, "-o", out, *options, "--skip", "poler", "--dry-run")
+    assert (code, text, out.exists()) == (1, "", False)
+    assert said.startswith("kmq: --skip: 'poler' matches no embedding or linear layer of BertModel; nearest: pooler")
+    code, text, _ = run_cli(capsys, monkeypatch, "quantize", source, "-o", out, *options, "--dry-run")
+    assert (code, out.exists()) == (0, False)
     assert "nothing was written" in " ".join(text.split())
-    assert said == "kmq: 'poler' matches no embedding or linear layer of BertModel\n"
     code, text, _ = run_cli(capsys, monkeypatch, "quantize", source, "-o", out, *options, "--json")
     summary = json.loads(text)
     assert code == 0
