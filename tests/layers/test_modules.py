@@ -88,6 +88,48 @@ def test_embedding_id_out_of_range():
         module(torch.tensor([1, 5]))
 
 
+@pytest.mark.parametrize("padding_idx", [-1, -50, 2, 0])
+def test_padding_idx_is_that_of_torch(padding_idx):
+    module = kmq.CodebookEmbedding(50, 20, 4, padding_idx=padding_idx)
+    dense = torch.nn.Embedding(50, 20, padding_idx=padding_idx)
+    assert module.padding_idx == dense.padding_idx
+    with torch.no_grad():
+        module.packed.copy_(kmq.pack(torch.randint(0, 16, (50, 20), dtype=torch.uint8), 4))
+    for ids in (torch.tensor([dense.padding_idx]), torch.tensor([7])):
+        module.zero_grad()
+        module(ids).sum().backward()
+        assert bool(module.codebook.grad.any()) == (ids.item() != dense.padding_idx)
+        book = module.codebook.detach().requires_grad_()
+        kmq.codebook_embedding(ids, module.packed, book, 20, padding_idx=padding_idx).sum().backward()
+        assert torch.equal(book.grad, module.codebook.grad)
+
+
+@pytest.mark.parametrize("padding_idx", [50, -51, 99])
+def test_padding_idx_outside_the_rows(padding_idx):
+    with pytest.raises(ValueError, match=f"padding_idx: expected one of the 50 rows, got {padding_idx}"):
+        kmq.CodebookEmbedding(50, 20, 4, padding_idx=padding_idx)
+    with pytest.raises(ValueError, match="padding_idx: expected one of the 5 rows"):
+        kmq.codebook_embedding(torch.tensor([1]), torch.zeros(5, 64, dtype=torch.uint8), torch.zeros(1, 16), 8, padding_idx=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"bits": 0}, "bits: expected 1 to 8, got 0"),
+        ({"bits": 9}, "bits: expected 1 to 8, got 9"),
+        ({"group_rows": 0}, "group_rows: expected at least 1, got 0"),
+        ({"grad_reduction": "max"}, "grad_reduction: expected 'sum' or 'mean', got 'max'"),
+        ({"outliers": 41}, "outliers: expected 0 to 40 of a weight of 8 x 5, got 41"),
+        ({"outliers": -1}, "outliers: expected 0 to 40"),
+    ],
+)
+def test_layers_that_cannot_be(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        kmq.CodebookLinear(5, 8, **options)
+    with pytest.raises(ValueError, match=sentence):
+        kmq.CodebookEmbedding(8, 5, **options)
+
+
 def test_autocast_gives_the_dtype_of_a_linear_layer():
     module = _linear(4, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

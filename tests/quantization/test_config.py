@@ -1,5 +1,9 @@
 """KMQConfig: presets, patterns, errors, and its way through a dict."""
 
+import copy
+import dataclasses
+import pickle
+
 import pytest
 
 from kmq_kernels import KMQConfig
@@ -48,6 +52,16 @@ def test_presets_of_the_other_systems():
         ({"module_bits": {"(": 4}}, "not a regular expression"),
         ({"skip": ["["]}, "not a regular expression"),
         ({"preset": "newspaper"}, "preset"),
+        ({"preset": "int8", "bits": 4}, "bits: preset 'int8' sets 8, got 4"),
+        ({"preset": "paper", "algorithm": "optimal"}, "algorithm: preset 'paper' sets 'lloyd', got 'optimal'"),
+        ({"preset": "paper", "max_iter": 300}, "max_iter: preset 'paper' sets 3, got 300"),
+        ({"preset": "linear", "scheme": "kmeans"}, "scheme: preset 'linear' sets 'linear', got 'kmeans'"),
+        ({"preset": "hessian", "allocation": "uniform"}, "allocation: preset 'hessian' sets 'hessian', got 'uniform'"),
+        ({"seed": -1}, "seed: expected an integer not below 0"),
+        ({"tol": "small"}, "tol: expected a number, got 'small'"),
+        ({"outlier_fraction": None}, "outlier_fraction: expected a number, got None"),
+        ({"row_scale": "yes"}, "row_scale: expected True or False, got 'yes'"),
+        ({"scheme": 3}, "scheme: expected one of 'kmeans', 'linear', got 3"),
         ({"preset": "paper", "max_iter": 10}, "max_iter: preset 'paper' sets 3, got 10"),
         ({"tol": float("nan")}, "tol"),
     ],
@@ -55,6 +69,19 @@ def test_presets_of_the_other_systems():
 def test_bad_values(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         KMQConfig(**options)
+
+
+def test_what_is_given_beside_a_preset_is_known_by_position_and_after_copies():
+    with pytest.raises(ValueError, match="bits: preset 'int8' sets 8, got 4"):
+        KMQConfig("kmq", 4, preset="int8")
+    config = KMQConfig(preset="int8", seed=3)
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), KMQConfig.from_dict(config.to_dict())):
+        assert again == config
+    assert dataclasses.replace(config, seed=4).bits == 8
+    with pytest.raises(ValueError, match="bits: preset 'int8' sets 8, got 4"):
+        dataclasses.replace(config, bits=4)
+    assert set(vars(config)) == {field.name for field in dataclasses.fields(config)}
+    assert KMQConfig(preset="int8", bits=8) == KMQConfig(preset="int8")
 
 
 def test_unknown_key():
