@@ -262,6 +262,18 @@ def _fingerprint(model: nn.Module, weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+# Where a model is from, and what its forward notes by itself.
+_NO_MAKE = ("_name_or_path", "transformers_version", "problem_type")
+
+
+def _make(model: nn.Module) -> str:
+    """A digest of the modules and the configuration: the same values compute something else in other ones."""
+    config = getattr(model, "config", None)
+    facts = config.to_dict() if hasattr(config, "to_dict") else {}
+    facts = {key: value for key, value in facts.items() if key not in _NO_MAKE}
+    return hashlib.sha256(f"{model!r}{json.dumps(facts, sort_keys=True, default=str)}".encode()).hexdigest()
+
+
 def _update(digest: Any, content: Any) -> None:
     """Adds the content of a batch to a digest."""
     if isinstance(content, Tensor):
@@ -325,6 +337,7 @@ class _Store:
             "kmq_sensitivity": self.kind,
             "kmq_kernels": __version__,
             "weights": self.mark,
+            "make": _make(self.model),
             "batches": str(done),
             "data": self.data.hexdigest(),
             "first": json.dumps(self.first),
@@ -396,6 +409,8 @@ class _Store:
             return "by a version that noted no batches"
         if metadata["kmq_kernels"] != __version__:
             return f"by version {metadata['kmq_kernels']}, this is {__version__}"
+        if metadata["make"] != _make(self.model):
+            return "with another configuration of the model, and so another loss"
         if num_batches is not None and done > num_batches:
             return f"of {done} batches, {num_batches} are asked for"
         if json.loads(metadata["settings"]) != self.settings:

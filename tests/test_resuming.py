@@ -84,7 +84,7 @@ def start_run(folder, **settings):
     steps = training.TrainingSettings(steps=1, batch_size=8, max_length=8, **settings)
     configs = {"kmeans-2bit": kmq.KMQConfig(bits=2)}
     return training.Run(
-        "model", task_of(folder), folder / "run", configs, steps, control=False, stage3_of={"kmeans-2bit": None}
+        "model", task_of(folder), folder / "run", configs, steps, steps, control=False, stage3_of={"kmeans-2bit": None}
     )()
 
 
@@ -151,7 +151,7 @@ def begin_half(thing, folder):
     elif thing == "run":
         shutil.rmtree(folder / "run/kmeans-2bit")
     elif thing == "comparison":
-        shutil.rmtree(folder / "comparison/train/seed1")
+        shutil.rmtree(folder / "comparison" / task_of(folder).folder / "seed1")
     else:
         kind = {"fisher": fisher_diagonal, "hessian": hessian_eigenvalues}[thing]
         (folder / f"{kind.__name__}.safetensors").unlink()
@@ -207,7 +207,9 @@ def test_runs(place, monkeypatch, thing, what):
         return
     again = start(place)
     others = sorted(
-        (place / "comparison/train").glob("seed*/results.json") if thing == "comparison" else [place / "run/results.json"]
+        (place / "comparison" / task_of(place).folder).glob("seed*/results.json")
+        if thing == "comparison"
+        else [place / "run/results.json"]
     )
     assert [json.loads(file.read_text()) for file in others] == (again if thing == "comparison" else [again])
     for results in again if thing == "comparison" else [again]:

@@ -200,7 +200,7 @@ def _reason(module: nn.Module, kind: Kind, first: Kind) -> str:
         if module.padding not in ((0,), "valid", "same"):
             return "a convolution with padding"
     if weight is not None:
-        if type(weight) not in (nn.Parameter, Tensor):
+        if type(weight) not in PLAIN_TENSORS:
             return f"of a weight that is a {type(weight).__name__}"
         if not weight.is_floating_point() or weight.element_size() < 2:
             return f"of a weight that is {str(weight.dtype).removeprefix('torch.')}"
@@ -228,6 +228,8 @@ def _of_torch(hook: Any) -> bool:
     inner = getattr(hook, "hook", hook)
     return (getattr(inner, "__module__", None) or type(inner).__module__).startswith("torch.nn.utils.")
 
+
+PLAIN_TENSORS: tuple[type, ...] = (nn.Parameter, Tensor)  # what another class of tensor means by its values is not known
 
 # Attributes that codebook modules have by themselves.
 ATTRIBUTES = frozenset(

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from conftest import family_model
-from other_device import DEVICE, OtherDevice
+from other_device import DEVICE, OtherDevice, There
 from tiny_task import write_task
 
 import kmq_kernels as kmq
@@ -20,6 +20,12 @@ CONFIGS = {
     "fisher": kmq.KMQConfig(allocation="fisher", bits_per_weight=7.0),
     "hessian": kmq.KMQConfig(allocation="hessian", bits_per_weight=7.0),
 }
+
+
+@pytest.fixture(autouse=True)
+def _there_is_plain(monkeypatch):
+    """On a real device weights are plain tensors; here they are of the class that stands for it."""
+    monkeypatch.setattr("kmq_kernels.quantization.weights.PLAIN_TENSORS", (torch.nn.Parameter, torch.Tensor, There))
 
 
 @pytest.fixture

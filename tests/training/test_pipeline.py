@@ -137,7 +137,7 @@ def test_interrupt_leaves_nothing_half_written(folder, monkeypatch):
     monkeypatch.setattr("kmq_kernels.training.run.evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         _run(folder)()
-    assert sorted(p.name for p in (folder / "out").iterdir()) == ["run.json"]
+    assert sorted(p.name for p in (folder / "out").iterdir()) == ["run.json", "task.json"]
 
 
 def test_full_disk_leaves_nothing_half_written(folder, monkeypatch):
@@ -147,7 +147,7 @@ def test_full_disk_leaves_nothing_half_written(folder, monkeypatch):
     monkeypatch.setattr("kmq_kernels.training.run.save", full)
     with pytest.raises(OSError, match="No space left"):
         _run(folder)()
-    assert sorted(p.name for p in (folder / "out").iterdir()) == ["run.json"]
+    assert sorted(p.name for p in (folder / "out").iterdir()) == ["run.json", "task.json"]
 
 
 def test_other_request_and_foreign_folder_are_refused(folder):
@@ -289,7 +289,7 @@ def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
     files = ["--train-file", folder / "train.csv", "--validation-file", folder / "dev.csv", "--max-length", 8]
     assert _kmq(monkeypatch, "run", folder / "model", "-o", folder / "run", "--steps", 1, *files) == 130
     assert "interrupted" in capsys.readouterr().err
-    assert [p.name for p in (folder / "run").iterdir()] == ["run.json"]
+    assert sorted(p.name for p in (folder / "run").iterdir()) == ["run.json", "task.json"]
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,11 @@ def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
         (["run", "{}/model", "--bits", "9"], 1, "--bits: expected an integer from 1 to 8, got 9"),
         (["run", "{}/model", "--steps", "0"], 1, "steps: expected at least 1"),
         (["run", "{}/model", "--size", "much"], 1, "size: expected a size such as"),
-        (["run", "{}/model", "--size", "2KB", *OWN_FILES], 1, "size: the smallest possible for this model is"),
+        (
+            ["run", "{}/model", "--size", "2KB", "--max-length", "8", *OWN_FILES],
+            1,
+            "size: the smallest possible for this model is",
+        ),
         (["run", "{}/model", "--compare", "{}/none.json"], 1, "not a list of configurations"),
         (["run", "{}/model", "--bits", "2", "--bits", "2"], 1, "kmeans-2bit: asked for twice"),
         (["report", "{}"], 1, "no results of `kmq run`"),

@@ -145,7 +145,7 @@ def test_a_stage_1_that_diverges_ends_the_run(folder):
     wild = training.TrainingSettings(steps=20, batch_size=8, max_length=8, learning_rate=1e30)
     with pytest.raises(training.DivergedError, match=r"the loss is nan from step \d+ of 20 on; a smaller learning rate may help"):
         run_of(folder, stage1=wild)()
-    assert [path.name for path in (folder / "out").iterdir()] == ["run.json"]
+    assert {path.name for path in (folder / "out").iterdir()} == {"run.json", "task.json"}
 
 
 def test_weights_and_outputs_that_are_no_numbers_are_told(folder):
