@@ -174,7 +174,7 @@ def bench(
         ),
     ] = None,
     granularity: GranularityOption = Granularity.tensor,
-    compute: Annotated[Compute, option(MEASUREMENT, "float|int8", "Arithmetic of the packed model.")] = Compute.int8,
+    compute: Annotated[Compute, option(MEASUREMENT, "float|int8", "Arithmetic of the packed model.")] = Compute.float,
     repeats: Annotated[int, option(MEASUREMENT, "N", "Times that each model runs each shape.", check=number("repeats", 1))] = 15,
     threads: Annotated[int | None, option(MEASUREMENT, "N", "Threads.", default="torch's", check=number("threads", 1))] = None,
     as_json: AsJson = False,

@@ -1,6 +1,7 @@
 """optimize_: encoders in one call of compiled code, against transformers' own modules in float64."""
 
 import copy
+import inspect
 import io
 import json
 import pickle
@@ -434,6 +435,7 @@ def test_ids_out_of_range_and_bad_arguments():
             model(input_ids=torch.ones(1, 41, dtype=torch.long))
     with pytest.raises(ValueError, match="compute: expected 'float', 'int8' or None, got 'int4'"):
         kmq.optimize_(model, compute="int4")
+    assert inspect.signature(kmq.optimize_).parameters["compute"].default == "float"  # what changes outputs is asked for
     with pytest.raises(ValueError, match="model: expected packed layers"):
         kmq.optimize_(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model: expected a torch module"):
