@@ -269,7 +269,7 @@ _NO_MAKE = ("_name_or_path", "transformers_version", "problem_type")
 def _make(model: nn.Module) -> str:
     """A digest of the modules and the configuration: the same values compute something else in other ones."""
     config = getattr(model, "config", None)
-    facts = config.to_dict() if hasattr(config, "to_dict") else {}
+    facts = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     facts = {key: value for key, value in facts.items() if key not in _NO_MAKE}
     return hashlib.sha256(f"{model!r}{json.dumps(facts, sort_keys=True, default=str)}".encode()).hexdigest()
 

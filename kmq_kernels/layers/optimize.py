@@ -12,7 +12,7 @@ import inspect
 import threading
 import warnings
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +161,7 @@ def _fast(cls: Any, compute: str) -> type:
 
 def _empty(cls: type, compute: str) -> Any:
     """For pickle and deepcopy: an object of the fast class, to be filled."""
-    fast = _fast(cls, compute)
+    fast: Any = _fast(cls, compute)
     return fast.__new__(fast)
 
 
@@ -210,9 +210,9 @@ def _restore(root: nn.Module) -> None:
     compute_as_before(root)
     for module in root.modules():
         if isinstance(module, FastEncoder):
-            module.__class__ = module.ordinary
+            module.__class__ = module.ordinary  # type: ignore[assignment]  # the class that this one was made of
         elif type(module) is Int8CodebookLinear:
-            module.__class__ = CodebookLinear
+            module.__class__ = CodebookLinear  # type: ignore[assignment]  # whose subclass it is
 
 
 def _speed_up(root: nn.Module, compute: str) -> None:
@@ -225,7 +225,7 @@ def _speed_up(root: nn.Module, compute: str) -> None:
         if plan.reason is not None:
             reasons.append(f"{type(module).__name__}: {plan.reason}")
             continue
-        module.__class__ = _fast(type(module), compute)
+        module.__class__ = _fast(cast(Any, type(module)), compute)
         pooler = getattr(module, "pooler", None)
         inside |= set(module.modules()) - (set(pooler.modules()) if isinstance(pooler, nn.Module) else set())
     if compute == "int8":
