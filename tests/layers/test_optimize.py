@@ -433,7 +433,7 @@ def test_ids_out_of_range_and_bad_arguments():
             model(input_ids=torch.tensor([[3, 120]]))
         with pytest.raises(IndexError, match=r"ids: expected values in \[0, 40\), got 40"):
             model(input_ids=torch.ones(1, 41, dtype=torch.long))
-    with pytest.raises(ValueError, match="compute: expected 'float', 'int8' or None, got 'int4'"):
+    with pytest.raises(ValueError, match="compute: expected 'float', 'int8', 'fp8' or None, got 'int4'"):
         kmq.optimize_(model, compute="int4")
     assert inspect.signature(kmq.optimize_).parameters["compute"].default == "float"  # what changes outputs is asked for
     with pytest.raises(ValueError, match="model: expected packed layers"):
