@@ -136,7 +136,9 @@ def compile_all(kernels: list[Kernel], architecture: int) -> list[Compiled]:
     """Compiles for sm_<architecture>, all in one process."""
     root = Path(__file__).parent.parent
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(root), str(root / "tests"), str(root / "tests" / "triton"), os.environ.get("PYTHONPATH", "")]
+    )
     request = json.dumps([architecture, [vars(kernel) for kernel in kernels]])
     done = subprocess.run([sys.executable, __file__], env=environment, input=request, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-6000:]

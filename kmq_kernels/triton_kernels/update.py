@@ -171,7 +171,7 @@ def update_kernel(
 def add_tiles_kernel(table_ptr, sums_ptr, out_ptr, weights_ptr, K, problems, tiles, KP: tl.constexpr, DEPTH: tl.constexpr):
     """out, weights (P, K) fp64: the sums of all tiles of a problem, in their order."""
     problem = tl.program_id(0).to(tl.int64)
-    begin, end = number(table_ptr, problem, FIRST), tiles.to(tl.int64)
+    begin, end = number(table_ptr, problem, FIRST), tl.full((), tiles, tl.int64)  # `tiles` is a plain 1 where it is 1
     if problem + 1 < problems:
         end = number(table_ptr, problem + 1, FIRST)
     k = tl.arange(0, KP)

@@ -11,7 +11,7 @@ MODULE = "kmq_kernels.triton_kernels.fp8_linear"
 ARCHITECTURES = (89, 90, 100, 120)
 PRODUCTS = {89: "QMMA.16832", 90: "QGMMA.64x", 100: "UTCQMMA", 120: "QMMA.16832"}
 # bits -> most instructions in the loop for each weight, narrowest tile: decoding (PRMT, LOP3, right shifts), and all of the loop.
-BUDGETS = {1: (0.6, 9), 2: (0.6, 9), 3: (0.9, 9), 4: (1.6, 9), 5: (3.5, 9), 6: (6.7, 12), 7: (7.3, 15.5), 8: (7.4, 15.5)}
+BUDGETS = {1: (0.6, 3.6), 2: (0.6, 2.8), 3: (0.9, 3.6), 4: (1.6, 4.3), 5: (3.5, 7), 6: (6.7, 12), 7: (7.5, 15.5), 8: (7.5, 15.5)}
 
 
 def fp8(tile, bits, shared=True, partial=False, dtype="fp16"):

@@ -240,3 +240,13 @@ def test_every_variant_compiles():
                 for dtype, weighted in (("tl.float32", False), ("tl.bfloat16", True))]  # fmt: skip
     for one in offline.compile_all(kernels, 90):
         assert one.sass
+
+
+def test_one_tile_in_all_is_a_plain_number_to_triton():
+    """An integer argument that is 1 is no tensor in a compiled kernel, which the interpreter does not show."""
+    kernels = []
+    for one in (finish(4), add_tiles(4)):
+        constexprs = {**one.constexprs, "tiles": 1, "problems": 1}
+        kernels.append(offline.Kernel(one.kernel, one.signature, constexprs, one.aligned))
+    for built in offline.compile_all(kernels, 90):
+        assert built.spills == 0

@@ -161,7 +161,7 @@ def finish_kernel(
 ):  # fmt: skip
     """Adds the errors of a problem's tiles in their order; a centroid that turned out to have no member makes it unresolved."""
     problem = tl.program_id(0).to(tl.int64)
-    begin, end = number(table_ptr, problem, FIRST), tiles.to(tl.int64)
+    begin, end = number(table_ptr, problem, FIRST), tl.full((), tiles, tl.int64)  # `tiles` is a plain 1 where it is 1
     if problem + 1 < problems:
         end = number(table_ptr, problem + 1, FIRST)
     lanes = tl.zeros((CHUNK,), tl.float64)
