@@ -9,6 +9,7 @@ import torch
 
 import kmq_kernels as kmq
 from kmq_kernels import ops
+from kmq_kernels.ops.clustering import _kmeans_cuda
 from kmq_kernels.triton_kernels import kmeans as triton_kmeans
 from kmq_kernels.triton_kernels.kmeans import plan
 
@@ -267,7 +268,7 @@ def test_what_a_histogram_cannot_resolve_is_left_to_the_cpu(device):
         return
     for algorithm in ("optimal", "lloyd"):
         options = (False, algorithm, "k-means++", 300, 0.0, 0)
-        *out, faults = ops._kmeans_cuda([values.to(device)], [None], [4], [1], *options)
+        *out, faults = _kmeans_cuda([values.to(device)], [None], [4], [1], *options)
         expected = kmq.kmeans(values[0], 4, algorithm=algorithm)
         assert faults == [0]
         assert out[0][0].device.type == device
@@ -349,8 +350,6 @@ def test_near_the_largest_value(device):
 
 def test_problems_that_counters_cannot_hold_go_to_the_cpu(monkeypatch, device):
     """Of 2**28 values and more; here the limit is lowered. Other matrices of the call stay on the device."""
-    from kmq_kernels.ops.clustering import _kmeans_cuda
-
     untouched = torch.empty(16_385, 16_384, dtype=torch.bfloat16, device="meta")
     *_, faults = triton_kmeans.kmeans([untouched], [None], [16], [len(untouched)], True, 300)
     assert faults == [triton_kmeans.UNRESOLVED_FAULT]
