@@ -12,11 +12,12 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from ..layers import CodebookModule
 from .config import KMQConfig, name_matches
-from .foreign import ELSEWHERE, read_elsewhere
+from .foreign import ELSEWHERE, HELD, REDUCERS, held_elsewhere, read_elsewhere
 from .heads import classification_layers
 from .weights import OWN_CLASS, Weight, find_weights, kind_of
 
 SKIPPED = "named in `skip`"
+TIED = "sharing a weight with a layer named in `skip`"
 HEAD = "a classification layer"
 SHARE = 0.05  # of the matrix weights: what is said when more than this stays
 NAMED = 3  # layers that a sentence names before it counts the rest
@@ -43,7 +44,8 @@ class Plan:
 def plan(model: nn.Module, config: KMQConfig) -> Plan:
     """Decides from names, types and attributes (the model may be on the meta device) which weights are quantized and how.
 
-    Raises ValueError where `model` is itself a layer, which nobody could replace in place.
+    Raises ValueError where `model` is itself a layer, which nobody could replace in place, and where `module_bits` gives layers
+    that share a weight different bits.
     """
     if kind_of(model) is not None or isinstance(model, CodebookModule):
         raise ValueError(
@@ -53,29 +55,32 @@ def plan(model: nn.Module, config: KMQConfig) -> Plan:
     prefix = getattr(model, "base_model_prefix", "")
     prefix = prefix if isinstance(prefix, str) and prefix and not hasattr(model, prefix) else ""
 
-    def names(weight: Weight) -> Iterator[str]:
-        """What patterns can match: in a base model also the names that its layers have below a task's class."""
-        for name in weight.modules:
-            yield name
-            if prefix:
-                yield f"{prefix}.{name}"
+    def names(layer: str) -> list[str]:
+        """What patterns can match: in a base model also the name that a layer has below a task's class."""
+        return [layer, f"{prefix}.{layer}"] if prefix else [layer]
 
-    elsewhere = read_elsewhere(model)
+    elsewhere, held = read_elsewhere(model), held_elsewhere(model)
     for weight in weights:
         if not elsewhere.isdisjoint(weight.modules):
             weight.left = weight.left or ELSEWHERE
-        given = [bits for bits, said in map(config.bits_for, names(weight)) if said]
+        if not held.isdisjoint(weight.modules):
+            weight.left = weight.left or HELD
         if weight.left:
             continue
+        given = {layer: bits for layer in weight.modules for bits, said in map(config.bits_for, names(layer)[::-1]) if said}
+        if len(set(given.values())) > 1:
+            (one, bits), (other, others) = list(given.items())[:2]
+            raise ValueError(f"module_bits: {one} and {other} share a weight, got {bits} bits for one and {others} for the other")
+        skipped = [any(name_matches(p, name) for p in config.skip or [] for name in names(layer)) for layer in weight.modules]
         if given:
-            weight.bits, weight.given = given[0], True
-        elif any(name_matches(pattern, name) for pattern in config.skip or [] for name in names(weight)):
-            weight.left = SKIPPED
+            weight.bits, weight.given = next(iter(given.values())), True
+        elif any(skipped):
+            weight.left = SKIPPED if all(skipped) else TIED
         elif heads.issuperset(weight.modules):
             weight.left = HEAD  # one tied to an embedding goes with the embedding
         else:
             weight.bits = config.bits
-    known = [name for weight in weights for name in names(weight)]
+    known = [name for weight in weights for layer in weight.modules for name in names(layer)]
     patterns = [*(config.skip or []), *(config.module_bits or {})]
     return Plan(weights, [pattern for pattern in patterns if not any(name_matches(pattern, name) for name in known)])
 
@@ -112,14 +117,11 @@ def remarks(model: nn.Module, chosen: Plan) -> list[str]:
         said.append(f"{_list(resolved)}: the weight is quantized as {next(iter(resolved.values()))} gives it, which is then gone")
     if share := _share_left(model, chosen):
         said.append(share)
-    wrapped = [type(module).__name__ for module in model.modules() if type(module).__name__ in _REDUCERS]
+    wrapped = [type(module).__name__ for module in model.modules() if type(module).__name__ in REDUCERS]
     if wrapped:
         said.append(f"{wrapped[0]}: it was built on the weights that are replaced now and does not reduce the gradients of")
         said[-1] += " codebooks; to train, quantize the model before it is wrapped"
     return said
-
-
-_REDUCERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
 def warn(model: nn.Module, chosen: Plan) -> None:

@@ -53,6 +53,7 @@ def _empty_like(module: nn.Module, weight: Weight, config: KMQConfig) -> Codeboo
     for name, parameter in new.named_parameters():
         if name != "bias":
             parameter.requires_grad_(trains)
+            vars(parameter).update(vars(weight.originals[0]))  # flags that somebody's optimizer reads
     shell = _shell(module)
     vars(new).update({name: value for name, value in vars(shell).items() if name in _HOOKS or name not in vars(new)})
     vars(new)["replaces"] = shell  # not as a child: it has no tensors
@@ -151,6 +152,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
                 with torch.no_grad():
                     value = module.weight.clone(memory_format=torch.contiguous_format)
                 weights[id(module.packed)] = nn.Parameter(value, requires_grad=module.codebook.requires_grad)
+                vars(weights[id(module.packed)]).update(vars(module.codebook))
             made[id(module)] = _plain(module, weights[id(module.packed)]).train(module.training)
         new[name] = made[id(module)]
     _replace(model, new)
