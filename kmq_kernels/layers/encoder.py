@@ -305,7 +305,15 @@ def describe(model: nn.Module, compute: str) -> dict[str, Any]:
         raise Unlike(f"{type(model).__name__} is not an encoder that the compiled code knows")
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise Unlike("it is not on the CPU")
-    return found[0](model, Maker(compute))
+    facts = found[0](model, Maker(compute))
+    size = facts["hidden"] // facts["heads"]
+    for module in model.modules():
+        scale = getattr(module, "scaling", None)
+        if isinstance(scale, float) and abs(scale * size**0.5 - 1) > 1e-6:
+            raise Unlike(f"its attention is scaled by {scale:g}, the compiled code's by {size**-0.5:g}")
+        if getattr(module, "attention_head_size", size) != size:
+            raise Unlike(f"its attention heads have a size of {module.attention_head_size}, not {size}")
+    return facts
 
 
 def pooled(model: Any, states: Tensor) -> dict[str, Tensor | None]:

@@ -16,9 +16,12 @@ from .codebook import CodebookModule
 from .embedding import CodebookEmbedding
 from .linear import CodebookLinear
 
+# Attributes of modules, beside their tensors, that the compiled code has taken over or takes for usual.
+SETTINGS = ("eps", "scaling", "padding_idx", "approximate", "num_attention_heads", "attention_head_size", "n_heads")
+
 
 class Watched:
-    """Modules, their parameters and buffers as they were; `same()` says whether nothing about them has changed since.
+    """Modules, their parameters, buffers and settings as they were; `same()` says whether nothing about them has changed since.
 
     In-place writes are seen by the version that autograd counts, so those through `.data` are not, as autograd does not see them.
     Parameters made under torch.inference_mode have no version: they never count as the same.
@@ -28,6 +31,7 @@ class Watched:
         self._modules = [module.__dict__ for module in modules]
         self._children = _Members([module["_modules"] for module in self._modules])
         self._stored = _Members([module[kind] for module in self._modules for kind in ("_parameters", "_buffers")])
+        self._settings = _Members(self._modules, SETTINGS)
         self._tensors = [tensor for tensor in self._stored.values if tensor is not None]
         self._tracked = not any(tensor.is_inference() for tensor in self._tensors)
         self._states = self._state() if self._tracked else []
@@ -36,7 +40,8 @@ class Watched:
         return [tensor._version for tensor in self._tensors] + [tensor.data_ptr() for tensor in self._tensors]
 
     def same(self) -> bool:
-        return self._children.same() and self._stored.same() and self._tracked and self._state() == self._states
+        known = self._children.same() and self._stored.same() and self._settings.same()
+        return known and self._tracked and self._state() == self._states
 
     def plain(self) -> bool:
         """Whether the modules are in evaluation mode and have neither hooks nor a forward method of their own."""
@@ -47,11 +52,11 @@ class Watched:
 
 
 class _Members:
-    """The values of some dictionaries as they were. Written for speed: it is asked before every call of a model."""
+    """The values of some dictionaries as they were, all or those of some names. Written for speed: asked before every call."""
 
-    def __init__(self, owners: list[dict[str, Any]]) -> None:
-        self._owners, self._sizes = owners, [len(owner) for owner in owners]
-        members = [(owner, name, value) for owner in owners for name, value in owner.items()]
+    def __init__(self, owners: list[dict[str, Any]], names: tuple[str, ...] | None = None) -> None:
+        self._owners, self._sizes = ([], []) if names else (owners, [len(owner) for owner in owners])
+        members = [(owner, name, value) for owner in owners for name, value in owner.items() if names is None or name in names]
         self._owner_of = [owner for owner, _, _ in members]
         self._names = [name for _, name, _ in members]
         self.values = [value for _, _, value in members]
