@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,18 @@ class KMQQuantizer(HfQuantizer):
     def is_serializable(self, **kwargs: Any) -> bool:
         """A packed model is saved as it is."""
         return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
+        """The state dict that save_pretrained was given and would put this in the place of; None: the model's own.
+
+        A configuration that took the place of the model's says again that the model is quantized.
+        """
+        packed = any(isinstance(module, CodebookModule) for module in model.modules())
+        if packed and getattr(model.config, "quantization_config", None) is None:
+            model.config.quantization_config = self.quantization_config
+        caller = sys._getframe(1)
+        given = caller.f_locals.get("state_dict") if caller.f_code.co_name == "save_pretrained" else None
+        return given, {}
 
     @property
     def is_trainable(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, packing
-from .decoded import LOST, guard
+from .decoded import LOADED, LOST, guard
 
 STORED = ("codebook", "packed", "row_scale", "outlier_index", "outlier_values")
 # Those that do not train. They are buffers: what goes over parameters() (an optimizer, an average of weights, a loop that
@@ -71,8 +71,8 @@ class CodebookModule(nn.Module):
         It costs a decode at every access. Writing into it raises RuntimeError: the layer has no such tensor.
         """
         weight = guard(self._shaped(self.decoded()))
-        if getattr(self.codebook, "_is_hf_initialized", False):  # transformers' mark for what was loaded and is not made anew
-            weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        if getattr(self.codebook, LOADED, False):
+            setattr(weight, LOADED, True)
         return weight
 
     @staticmethod

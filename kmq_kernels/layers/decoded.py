@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+LOADED = "_is_hf_initialized"  # transformers' mark for what was loaded and is not made anew
 LOST = (
     "weight: it is decoded anew from `codebook` and `packed` at every access, so what is written into it, its flags and its"
     " hooks would be lost; change or freeze the codebook, use dequantize_ first, or take a clone()"
@@ -33,10 +34,12 @@ class DecodedWeight(Tensor):
             raise RuntimeError(LOST)
         with torch._C.DisableTorchFunctionSubclass():
             given: list[Tensor] = []
+            marks: dict[str, bool] = {}
 
             def plain(value: Any) -> Any:
                 if not isinstance(value, DecodedWeight):
                     return value
+                marks.update({name: mark for name, mark in vars(value).items() if name == LOADED})
                 given.append(value.as_subclass(Tensor))
                 return given[-1]
 
@@ -48,7 +51,11 @@ class DecodedWeight(Tensor):
 
             def guarded(value: Any) -> Any:
                 views = type(value) is Tensor and any(torch._C._is_alias_of(value, one) for one in given)  # type: ignore[attr-defined]
-                return value.as_subclass(DecodedWeight) if views else value
+                if not views:
+                    return value
+                view = value.as_subclass(DecodedWeight)
+                vars(view).update(marks)
+                return view
 
             return tree_map(guarded, result)
 
