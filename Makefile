@@ -47,6 +47,8 @@ SANITIZE := -std=c++20 -O1 -g1 -ffp-contract=off -fsanitize=address,undefined -f
 SANITIZED := $(patsubst csrc/%.cpp,build/sanitize/%.o,$(shell find csrc/cpu -name "*.cpp"))
 SANITIZERS := $(patsubst tests/sanitize/%.cpp,build/sanitize/%,$(wildcard tests/sanitize/*.cpp))
 
+.SECONDARY: $(SANITIZED)
+
 build/sanitize/%.o: csrc/%.cpp $(shell find csrc -name "*.h")
 	mkdir -p $(@D)
 	$(CXX) $(SANITIZE) -c -o $@ $<

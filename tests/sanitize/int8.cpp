@@ -159,9 +159,15 @@ void fuzz_encoder() {
   const cpu::EncoderInput input{batch, length, {ids.data(), nullptr, nullptr}, upto(3) ? mask.data() : nullptr};
   cpu::encode(encoder, input, out.data(), 1 + int(upto(3)), parallel);
   cpu::encode(encoder, input, alone.data(), 1, parallel);
+  for (int64_t place = 0; place < batch * length; ++place) {
+    double distance = 0, norm = 0;
+    for (int64_t i = place * hidden; i < (place + 1) * hidden; ++i)
+      distance += std::pow(double(out[i]) - alone[i], 2), norm += std::pow(double(alone[i]), 2);
+    // The order of sums in fp32 depends on how many rows there are; before an integer layer that can turn a rounding round.
+    const double allowed = kinds == 0 ? 0 : kinds == 1 ? 1e-3 : 5e-2;
+    check(std::sqrt(distance) <= allowed * std::sqrt(norm), "states depend on the threads");
+  }
   for (size_t i = 0; i < out.size(); ++i) {
-    // The order of sums in fp32 depends on how many rows there are.
-    check(kinds ? std::fabs(out[i] - alone[i]) <= 0.01f + 0.01f * std::fabs(alone[i]) : out[i] == alone[i], "states depend on the threads");
     if (input.mask && !mask[i / hidden]) check(out[i] == 0, "a place without a token is not zero");
   }
 }
