@@ -22,6 +22,7 @@ HEADS = (
     r"discriminator_predictions\.dense_prediction",  # ELECTRA
     "lm_head",
     "logits_proj",  # XLNet
+    r"decoder\.final_layer",  # Perceiver
 )
 
 # Beside the base model, too, but ordinary layers: they map features to features and come with the pretrained weights, or are as
