@@ -291,7 +291,7 @@ def _update(digest: Any, content: Any) -> None:
         digest.update(pickle.dumps(content, protocol=4))
 
 
-_LOSS_TOLERANCE = 1e-3  # what other kernels or threads make of the same loss differs by less, relatively
+_LOSS_TOLERANCE = 1e-5  # what other kernels or threads make of the same loss differs by less, relatively
 
 
 @dataclasses.dataclass

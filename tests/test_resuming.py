@@ -191,9 +191,11 @@ def test_quantize(place, monkeypatch, what, half):
 
 
 @pytest.mark.parametrize("thing", ["run", "comparison"])
+@pytest.mark.parametrize("half", [False, True], ids=["finished", "half done"])
 @pytest.mark.parametrize("what", [*MATRIX, "evaluation data"])
-def test_runs(place, monkeypatch, thing, what):
-    begin_half(thing, place)
+def test_runs(place, monkeypatch, thing, what, half):
+    if half:
+        begin_half(thing, place)
     start = {"run": start_run, "comparison": start_comparison}[thing]
     if what in CHANGES:
         CHANGES[what](place)
@@ -257,6 +259,38 @@ def test_sensitivities(place, monkeypatch, caplog, kind, what, half):
         caplog.clear()
         start_sensitivity(kind, place, **options)
         assert not caplog.records
+
+
+@pytest.mark.parametrize(("factor", "anew"), [(1 + 1e-6, False), (1 + 1e-4, True)])
+def test_a_loss_is_known_by_its_value(place, caplog, factor, anew):
+    """Other threads add in another order: what differs by less than 1e-5 is the same loss."""
+    begin_half("fisher", place)
+    with caplog.at_level(logging.WARNING, "kmq_kernels.sensitivity"):
+        start_sensitivity(fisher_diagonal, place, loss=lambda model, batch: factor * model(**batch).loss)
+    assert ("computed anew" in caplog.text) == anew
+
+
+def test_a_configuration_that_leaves_the_loss_changes_nothing(place, caplog):
+    begin_half("fisher", place)
+    file = place / "model/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "transformers_version": "5.9", "initializer_range": 0.5}))
+    with caplog.at_level(logging.WARNING, "kmq_kernels.sensitivity"):
+        start_sensitivity(fisher_diagonal, place)
+    assert not caplog.records
+
+
+def test_more_batches_go_on(place, caplog):
+    begin_half("fisher", place)
+    computed = []
+
+    def loss(model, batch):
+        computed.append(batch)
+        return model(**batch).loss
+
+    with caplog.at_level(logging.WARNING, "kmq_kernels.sensitivity"):
+        start_sensitivity(fisher_diagonal, place, loss=loss, num_batches=3)
+    assert not caplog.records
+    assert len(computed) == 2  # the first once more, and the third
 
 
 def test_the_table_in_the_docs():
