@@ -31,9 +31,19 @@ NAMED = [
 ]
 HEADS = ["AutoModelForMaskedLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"]
 
-# Families that are refused, and the sentence: by quantize_, and by `kmq quantize` alone.
-REFUSED = {}
-REFUSED_AS_STREAM = {}
+# Families that are refused, and the sentence. Convolutions are all that these have.
+REFUSED = "ValueError: model: it has no embedding or linear layer to quantize"
+WITHOUT_LAYERS = ["mobilenet_v2", "poolformer", "pp_ocrv6_small_det", "pp_ocrv6_small_rec", "pp_ocrv6_tiny_rec"]
+# `kmq quantize` alone: of these transformers joins tensors, mostly experts, while it loads what save_pretrained wrote.
+REFUSED_AS_STREAM = "; save the model again with save_pretrained(save_original_format=False) first"
+JOINED = [
+    "afmoe", "axk1", "axk2", "bailing_hybrid", "cohere2_moe", "deepseek_v2", "deepseek_v4", "dots3_note_text", "ernie4_5_moe",
+    "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm5_next", "glm5_next_text", "gradium_phonon_tts",
+    "hy_v3", "inkling2", "inkling2_text", "jamba", "kimi_k25", "kimi_linear", "laguna", "longcat_flash", "mellum",
+    "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl", "mistral_large4", "mistral_large4_text", "mixtral",
+    "molmo2_text", "nemo_speechlm", "nemotron_h", "olmo_hybrid", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe",
+    "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen3_omni_moe_thinker", "qwen3_vl_moe", "solar_open", "step3p7",
+]  # fmt: skip
 
 READ = """
 import json, sys
@@ -108,16 +118,23 @@ def test_named_families(tmp_path, run_python):
     assert walk(NAMED, tmp_path, run_python) == {}
 
 
-def _refused(wrong):
-    """The refusals that are not on the lists, and the entries of the lists that are refused no more."""
-    return wrong
+def unexpected(wrong):
+    """What is wrong and no refusal of the lists."""
+    left = {}
+    for name, sentence in wrong.items():
+        kind, stream = name.split()[0], name.endswith("stream")
+        without = kind in WITHOUT_LAYERS and sentence.startswith(REFUSED)
+        joined = stream and kind in JOINED and "transformers joins or splits" in sentence and sentence.endswith(REFUSED_AS_STREAM)
+        if not (without or joined):
+            left[name] = sentence
+    return left
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))
 def test_every_family(part, tmp_path, run_python):
     work = [(kind, "AutoModel") for kind in kinds()[part::8] if build(kind, "AutoModel") is not None]
-    assert walk(work, tmp_path, run_python) == {}
+    assert unexpected(walk(work, tmp_path, run_python)) == {}
 
 
 @pytest.mark.slow
@@ -127,4 +144,4 @@ def test_every_family_with_a_head(head, tmp_path, run_python):
     known = {config.model_type for config in mapping}
     work = [(kind, head) for kind in kinds() if kind in known and build(kind, head) is not None]
     assert len(work) > 50
-    assert walk(work, tmp_path, run_python) == {}
+    assert unexpected(walk(work, tmp_path, run_python)) == {}
