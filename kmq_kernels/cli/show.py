@@ -45,6 +45,10 @@ def inspect(
     content: dict[str, Any] = {"build": ops.build_info()}
     if model is not None:
         quieten(verbose)
+        if str(model) == "minilm" and not model.exists():
+            from ..training import resolve_model
+
+            model = Path(resolve_model(str(model)))
         network = hf.load(model)
         size = model_size(network)
         layers = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -56,10 +57,11 @@ TASK_FILE = "task.json"
 
 
 def _expect_folder(model: str) -> None:
-    """A path that is not there is refused before data is read and libraries are imported."""
+    """A path that is not there, or offline any name, is refused before data is read and libraries are imported."""
     from ..files import looks_local, model_folder
 
-    if looks_local(model):
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")  # as the hub's library reads it
+    if looks_local(model) or (offline and model != "minilm"):
         model_folder(model)
 
 

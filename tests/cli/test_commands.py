@@ -297,6 +297,7 @@ print(json.dumps([code, [name for name in heavy if name in sys.modules]]))
         (["run", "--size", "much"], 1),
         (["quantize", "x", "-o", "y", "--group-rows", "0"], 1),
         (["run", "./nowhere"], 1),
+        (["finetune", "nowhere", "-o", "out"], 1),  # HF_HUB_OFFLINE is set
         (["run", "--task", "poetry"], 1),
         (["finetune", "--train-file", "no.csv", "--validation-file", "no.csv"], 1),
     ],
