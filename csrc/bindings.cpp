@@ -115,10 +115,10 @@ std::tuple<Tensor, Tensor, Tensor> int8_codebook(const Tensor& packed_in, const 
   TORCH_CHECK(cols <= kmq::cpu::kInt8Cols, "cols: too many");
   Tensor table = at::empty(codebook.sizes(), codebook.options().dtype(at::kChar));
   Tensor scale = at::empty({codebook.size(0)}, codebook.options());
-  Tensor offset = at::empty({matrix.rows}, codebook.options().dtype(at::kInt));
+  Tensor row_sum = at::empty({matrix.rows}, codebook.options().dtype(at::kInt));
   kmq::cpu::int8_codebook(matrix, codebook.const_data_ptr<float>(), group_rows, table.mutable_data_ptr<int8_t>(),
-                          scale.mutable_data_ptr<float>(), offset.mutable_data_ptr<int32_t>(), parallel);
-  return {table, scale, offset};
+                          scale.mutable_data_ptr<float>(), row_sum.mutable_data_ptr<int32_t>(), parallel);
+  return {table, scale, row_sum};
 }
 
 kmq::cpu::Activation activation_of(const std::string& name) {
@@ -131,7 +131,7 @@ kmq::cpu::Activation activation_of(const std::string& name) {
 
 // Keeps what the pointers of a LinearWeight point to.
 struct HeldWeight {
-  Tensor packed, codebook, table, factor, offset, row_scale, bias, outlier_index, outlier_delta;
+  Tensor packed, codebook, table, factor, row_sum, row_scale, bias, outlier_index, outlier_delta;
   kmq::cpu::LinearWeight weight;
 
   static Tensor kept(const std::optional<Tensor>& from, at::ScalarType type, int64_t numel, const char* name) {
@@ -141,9 +141,9 @@ struct HeldWeight {
     return out;
   }
 
-  // Either a codebook, for fp32, or table, factor and offset, for integers.
+  // Either a codebook, for fp32, or table, factor and row_sum, for integers.
   HeldWeight(const Tensor& packed_in, int64_t cols, int64_t group_rows, const std::optional<Tensor>& codebook_in,
-             const std::optional<Tensor>& table_in, const std::optional<Tensor>& factor_in, const std::optional<Tensor>& offset_in,
+             const std::optional<Tensor>& table_in, const std::optional<Tensor>& factor_in, const std::optional<Tensor>& row_sum_in,
              const std::optional<Tensor>& row_scale_in, const std::optional<Tensor>& bias_in,
              const std::optional<Tensor>& outlier_index_in, const std::optional<Tensor>& outlier_delta_in) {
     packed = packed_in.contiguous();
@@ -152,15 +152,12 @@ struct HeldWeight {
     const int64_t rows = matrix.rows;
     check_groups(rows, book.size(0), group_rows);
     if (table_in) {
-      TORCH_CHECK(table_in->scalar_type() == at::kChar && factor_in && offset_in && cols <= kmq::cpu::kInt8Cols, "table: does not fit");
+      TORCH_CHECK(table_in->scalar_type() == at::kChar && factor_in && row_sum_in && cols <= kmq::cpu::kInt8Cols, "table: does not fit");
       table = table_in->contiguous();
-      const int limit = kmq::cpu::int8_limit(matrix.bits);
       const int8_t* entry = table.const_data_ptr<int8_t>();
-      int most = 0;  // beyond the limit a sum of two products would saturate
-      for (int64_t i = 0; i < table.numel(); ++i) most = std::max<int>(most, std::abs(int(entry[i])));
-      TORCH_CHECK_VALUE(most <= limit, "table: expected entries of at most ", limit, " for ", matrix.bits, " bits, got ", most);
+      TORCH_CHECK_VALUE(std::find(entry, entry + table.numel(), -128) == entry + table.numel(), "table: expected entries of at least -127, got -128");
       factor = kept(factor_in, at::kFloat, rows, "factor");
-      offset = kept(offset_in, at::kInt, rows, "offset");
+      row_sum = kept(row_sum_in, at::kInt, rows, "row_sum");
     } else {
       codebook = codebook_in->to(at::kFloat).contiguous();
     }
@@ -177,17 +174,17 @@ struct HeldWeight {
     }
     const auto floats = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
     const auto ints = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<int32_t>() : nullptr; };
-    weight = {matrix, group_rows, floats(codebook), table.defined() ? table.const_data_ptr<int8_t>() : nullptr, floats(factor), ints(offset),
+    weight = {matrix, group_rows, floats(codebook), table.defined() ? table.const_data_ptr<int8_t>() : nullptr, floats(factor), ints(row_sum),
               floats(row_scale), floats(bias), ints(outlier_index), floats(outlier_delta), outliers};
   }
 };
 
-Tensor int8_linear(const Tensor& input_in, const Tensor& packed, const Tensor& table, const Tensor& factor, const Tensor& offset,
+Tensor int8_linear(const Tensor& input_in, const Tensor& packed, const Tensor& table, const Tensor& factor, const Tensor& row_sum,
                    const std::optional<Tensor>& bias, int64_t group_rows, const std::optional<Tensor>& outlier_index,
                    const std::optional<Tensor>& outlier_delta, std::string activation) {
   const Tensor input = input_in.contiguous();
   TORCH_CHECK(input.dim() >= 1 && input.scalar_type() != at::kDouble, "input: does not fit");
-  const HeldWeight held(packed, input.size(-1), group_rows, std::nullopt, table, factor, offset, std::nullopt, bias, outlier_index,
+  const HeldWeight held(packed, input.size(-1), group_rows, std::nullopt, table, factor, row_sum, std::nullopt, bias, outlier_index,
                         outlier_delta);
   auto sizes = input.sizes().vec();
   sizes.back() = held.weight.packed.rows;
@@ -433,7 +430,7 @@ class HeldEncoder {
     const auto parts = from.cast<pybind11::dict>();
     const auto tensor = [&](const char* name) { return parts[name].cast<std::optional<Tensor>>(); };
     weights_.push_back(std::make_unique<HeldWeight>(*tensor("packed"), cols, parts["group_rows"].cast<int64_t>(), tensor("codebook"), tensor("table"),
-                                                    tensor("factor"), tensor("offset"), tensor("row_scale"), tensor("bias"),
+                                                    tensor("factor"), tensor("row_sum"), tensor("row_scale"), tensor("bias"),
                                                     tensor("outlier_index"), tensor("outlier_delta")));
     const kmq::cpu::LinearWeight& made = weights_.back()->weight;
     TORCH_CHECK(made.packed.rows == rows, "encoder: expected a weight of ", rows, " rows, got ", made.packed.rows);

@@ -36,6 +36,9 @@ bool avx2();
 // Whether AVX-512 F, BW, DQ and VL, and BMI2, may be used.
 bool avx512();
 
+// Whether AVX-512 VNNI and VBMI may be used too.
+bool vnni();
+
 // weight [rows, cols] = codebook [G, K] at the indices; both of dtype.
 void dequantize(const Packed& packed, const void* codebook, Dtype dtype, int64_t group_rows, void* weight, const Parallel& parallel);
 
@@ -53,7 +56,7 @@ void codebook_linear(const void* input, Dtype dtype, int64_t M, const Packed& pa
 
 enum class Activation { none, gelu, gelu_tanh, relu, silu };
 
-// A packed weight [rows, cols] with all that a layer adds to it. table, factor and offset are for integer arithmetic, see
+// A packed weight [rows, cols] with all that a layer adds to it. table, factor and row_sum are for integer arithmetic, see
 // int8_codebook; without a table the weight is computed with in fp32.
 struct LinearWeight {
   Packed packed;
@@ -61,7 +64,7 @@ struct LinearWeight {
   const float* codebook;    // [G, K], fp32 arithmetic only
   const int8_t* table;      // [G, K] or null
   const float* factor;      // [rows]: the scale of the table, times row_scale
-  const int32_t* offset;    // [rows]
+  const int32_t* row_sum;   // [rows]
   const float* row_scale;   // [rows] or null; fp32 arithmetic only
   const float* bias;        // [rows] or null
   const int32_t* outlier_index;  // [outliers], ascending flat positions
@@ -69,16 +72,15 @@ struct LinearWeight {
   int64_t outliers;
 };
 
-// The largest magnitude of a table of that many bits.
-int int8_limit(int bits);
-constexpr int64_t kInt8Cols = 131072;  // more columns could overflow a sum
+constexpr int kInt8Limit = 127;       // of the magnitudes in a table
+constexpr int64_t kInt8Cols = 32768;  // more columns could overflow a sum
 
 // A codebook [G, K] in integers: codebook ~ scale [G] * table [G, K], the scale being the one with the least squared error over the
-// weights themselves; and offset [rows] = 128 * sum of each row's entries of the table. A codebook that is not finite has the scale NaN.
-void int8_codebook(const Packed& packed, const float* codebook, int64_t group_rows, int8_t* table, float* scale, int32_t* offset,
+// weights themselves; and row_sum [rows], the sum of each row's entries of the table. A codebook that is not finite has the scale NaN.
+void int8_codebook(const Packed& packed, const float* codebook, int64_t group_rows, int8_t* table, float* scale, int32_t* row_sum,
                    const Parallel& parallel);
 
-// As codebook_linear, with the input rounded row by row to integers of [-127, 127] and exact integer sums.
+// As codebook_linear, with the input rounded row by row to integers (see linear/int8.h) and exact integer sums.
 void int8_linear(const void* input, Dtype dtype, int64_t M, const LinearWeight& weight, Activation activation, void* output,
                  const Parallel& parallel);
 

@@ -60,16 +60,14 @@ def codebook_linear(input: Tensor, packed: Tensor, codebook: Tensor, bias: Tenso
     return F.linear(input.to(compute), weight, None if bias is None else bias.to(compute)).to(input.dtype)
 
 
-INT8_COLS = 131072  # more columns could overflow an integer sum
+INT8_COLS = 32768  # more columns could overflow an integer sum
 
 
-def int8_limit(bits: int) -> int:
-    """The largest magnitude of an entry of an int8 table: up to 5 bits, products of it add up by twos in 16 bits."""
-    return 63 if bits <= 5 else 127
+INT8_LIMIT = 127  # of the magnitudes in a table
 
 
 def int8_codebook(packed: Tensor, codebook: Tensor, cols: int, group_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """table (G, K) int8 and scale (G,) fp32 with codebook ~ scale * table, and offset (rows,) int32: 128 * row sums of table.
+    """table (G, K) int8 and scale (G,) fp32 with codebook ~ scale * table, and row_sum (rows,) int32, of the table at the indices.
 
     Of some scales tried, the one with the least squared error over the weights, which are counted.
     """
@@ -79,7 +77,7 @@ def int8_codebook(packed: Tensor, codebook: Tensor, cols: int, group_rows: int) 
     counts = torch.zeros(packed.shape[0], codebook.shape[1], dtype=torch.float64, device=packed.device)
     counts.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64))
     members = torch.zeros(codebook.shape, dtype=torch.float64, device=packed.device).index_add_(0, book, counts)  # [G, K]
-    limit, c = int8_limit(bits), codebook.double()
+    limit, c = INT8_LIMIT, codebook.double()
     finite = c.isfinite().all(1, keepdim=True)
     c = torch.where(finite, c, 0.0)
     most = torch.where(members > 0, c.abs(), 0.0).amax(1, keepdim=True)  # [G, 1]
@@ -95,8 +93,45 @@ def int8_codebook(packed: Tensor, codebook: Tensor, cols: int, group_rows: int) 
         table = torch.where(better, t, table)
         scale = torch.where(better & (square > 0), product / square.clamp_min(1e-300), scale)
     scale = torch.where(finite, scale, torch.nan)
-    offset = 128 * (counts * table[book]).sum(1)
-    return table.to(torch.int8), scale[:, 0].float(), offset.to(torch.int32)
+    row_sum = (counts * table[book]).sum(1)
+    return table.to(torch.int8), scale[:, 0].float(), row_sum.to(torch.int32)
+
+
+INT8_HALVINGS = 4  # of the step of a row
+
+
+def int8_round(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of `input` (M, IN) as integers q (M, IN) int32 and a step (M,) fp32: input ~ step * q. A row that is not finite: NaN, zeros.
+
+    The step (max - min) / 255, taken over the row and 0, puts a row into 8 bits. It is halved, up to INT8_HALVINGS times, while few
+    numbers lie outside a window of 256 steps, which begins at the least, but at most 128 below zero. A number e steps outside costs
+    ceil(e / 256) products more than its own; of the columns 16 f + l of a block of 128, those of one l whose f are all even or all
+    odd share these on each side. At most max(2, blocks) may be needed, which is a 32nd of all products.
+    """
+    x = F.pad(input.float(), (0, -input.shape[1] % 128 or (128 if input.shape[1] == 0 else 0)))
+    blocks = x.shape[1] // 128
+    finite = x.isfinite().all(1)
+    x = torch.where(finite[:, None], x, 0.0)
+    high, low = x.amax(1).clamp_min(0), x.amin(1).clamp_max(0)
+    step = high / 255 - low / 255
+    zero = ~(step >= 1e-36)
+    step = torch.where(zero, 1.0, step)
+    inverse, open_ = 1 / step, ~zero
+    first = (low * inverse).round()
+    halved = torch.zeros_like(open_)
+    for _ in range(INT8_HALVINGS):
+        begin = (low * (inverse * 2)).round().clamp_min(-128)
+        q = (x * (inverse * 2)[:, None]).round()
+        groups = [(q - begin[:, None] - 255).clamp_min(0), (begin[:, None] - q).clamp_min(0)]
+        cost = sum((g.view(-1, blocks, 4, 2, 16).amax(2) / 256).ceil().sum((1, 2, 3)) for g in groups)
+        open_ = open_ & (cost <= max(2, blocks))
+        halved |= open_
+        inverse, step = torch.where(open_, inverse * 2, inverse), torch.where(open_, step / 2, step)
+        first = torch.where(open_, begin, first)
+    q = (x * inverse[:, None]).round()
+    q = torch.where(halved[:, None], q, torch.minimum(torch.maximum(q, first[:, None]), first[:, None] + 255))
+    q = torch.where(zero[:, None], 0.0, q)[:, : input.shape[1]]
+    return q.to(torch.int32), torch.where(finite, torch.where(zero, 0.0, step), torch.nan)
 
 
 def int8_linear(
@@ -104,25 +139,23 @@ def int8_linear(
     packed: Tensor,
     table: Tensor,
     factor: Tensor,
-    offset: Tensor,
+    row_sum: Tensor,
     bias: Tensor | None,
     group_rows: int,
     outlier_index: Tensor | None,
     outlier_delta: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """activation(factor * (q @ t.T) * scale + outliers + bias), q being input rounded row by row to integers of [-127, 127].
+    """activation(factor * (q @ t.T) * step + outliers + bias), q and step being those of `int8_round`.
 
-    t is the table (G, K) int8 at the indices, scale the row's largest magnitude / 127. Integer sums are exact (here in fp64,
-    whose integers reach further). A row that is not finite gives NaN. `offset` is for implementations that keep q unsigned.
+    t is the table (G, K) int8 at the indices. Integer sums are exact (here in fp64, whose integers reach further). A row that is
+    not finite gives NaN. `row_sum` is for implementations that multiply what is above the least of a row.
     """
     x = input.float()
-    most = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
-    zero = most < 1e-36
-    q = torch.where(zero | ~most.isfinite(), 0.0, (x * (127 / most.clamp_min(1e-36))).round())
-    scale = torch.where(most.isfinite(), torch.where(zero, 0.0, most / 127), torch.nan)
+    q, step = int8_round(x.reshape(-1, x.shape[-1]))
     weight = dequantize(packed, table, input.shape[-1], group_rows).double()
-    out = (q.double() @ weight.T).float() * scale * factor.float()
+    out = (q.double() @ weight.T).float() * step[:, None] * factor.float()
+    out = out.view(*input.shape[:-1], packed.shape[0])
     if outlier_index is not None and outlier_delta is not None:
         out = out + sparse_linear(x, outlier_index, outlier_delta.float(), packed.shape[0])
     if bias is not None:

@@ -36,10 +36,22 @@ Path chosen() {
   return path;
 }
 
+bool have_vnni() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 bool avx2() { return chosen() >= Path::avx2; }
 bool avx512() { return chosen() == Path::avx512; }
+bool vnni() {
+  static const bool have = have_vnni();
+  return avx512() && have;
+}
 const char* path() { return avx512() ? "avx512" : avx2() ? "avx2" : "scalar"; }
 
 }  // namespace kmq::cpu

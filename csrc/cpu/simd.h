@@ -1,6 +1,6 @@
 // The AVX2 and AVX-512 targets of single functions, and loads that widen to fp32. Included by every kernel with a vector path.
 //
-// A function marked KMQ_AVX2 may be called only where kmq::cpu::avx2() is true, one marked KMQ_AVX512 only where avx512() is;
+// A function marked KMQ_AVX2 may be called only where kmq::cpu::avx2() is true, one marked KMQ_AVX512 only where avx512() is, one marked KMQ_VNNI only where vnni() is;
 // helpers marked ..._INLINE are inlined into those. Lambdas do not inherit the target of the function around them, so kernels pass small structs instead.
 //
 // Twins for AVX2 and AVX-512 are written out, here and in codes/decode_*.h, linear/, clustering/ and gradients/, where they differ in
@@ -29,6 +29,8 @@
 #define KMQ_AVX512_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"
 #define KMQ_AVX512 __attribute__((target(KMQ_AVX512_TARGET)))
 #define KMQ_AVX512_INLINE __attribute__((target(KMQ_AVX512_TARGET), always_inline)) inline
+#define KMQ_VNNI __attribute__((target(KMQ_AVX512_TARGET ",avx512vnni,avx512vbmi")))
+#define KMQ_VNNI_INLINE __attribute__((target(KMQ_AVX512_TARGET ",avx512vnni,avx512vbmi"), always_inline)) inline
 
 namespace kmq::cpu {
 

@@ -71,7 +71,7 @@ class IntegerForm(NamedTuple):
 
     table: Tensor
     factor: Tensor
-    offset: Tensor
+    row_sum: Tensor
     outlier_index: Tensor | None
     outlier_delta: Tensor | None
 
@@ -79,7 +79,7 @@ class IntegerForm(NamedTuple):
 @torch.no_grad()
 def integer_form(layer: CodebookLinear) -> IntegerForm:
     """The weight of a layer in integers; its outliers as what is missing from the integers."""
-    table, scale, offset = ops.int8_codebook(layer.packed, layer.codebook, layer.cols, group_rows=layer.group_rows)
+    table, scale, row_sum = ops.int8_codebook(layer.packed, layer.codebook, layer.cols, group_rows=layer.group_rows)
     factor = scale.repeat_interleave(layer.group_rows)[: layer.rows]
     if layer.row_scale is not None:
         factor = factor * layer.row_scale.float()
@@ -89,7 +89,7 @@ def integer_form(layer: CodebookLinear) -> IntegerForm:
         book = row.div(layer.group_rows, rounding_mode="floor")
         integers = table[book, packing.take(layer.packed, layer.bits, row, col)]
         delta = layer.outlier_values.float() - integers * factor[row]
-    return IntegerForm(table, factor, offset, layer.outlier_index, delta)
+    return IntegerForm(table, factor, row_sum, layer.outlier_index, delta)
 
 
 _forms: weakref.WeakKeyDictionary[CodebookLinear, tuple[Watched, IntegerForm]] = weakref.WeakKeyDictionary()
@@ -109,7 +109,7 @@ def integer_form_of(layer: CodebookLinear) -> IntegerForm:
 def describe_linear(layer: CodebookLinear, compute: str) -> dict[str, Any]:
     """A linear layer as the compiled encoder takes it."""
     facts: dict[str, Any] = dict.fromkeys(
-        ("codebook", "table", "factor", "offset", "row_scale", "bias", "outlier_index", "outlier_delta")
+        ("codebook", "table", "factor", "row_sum", "row_scale", "bias", "outlier_index", "outlier_delta")
     )
     facts |= {"packed": layer.packed.detach(), "group_rows": layer.group_rows}
     if layer.bias is not None:

@@ -12,7 +12,7 @@ INT8_COLS = reference.INT8_COLS
 
 define("int8_codebook(Tensor packed, Tensor codebook, int cols, int group_rows) -> (Tensor, Tensor, Tensor)")
 define(
-    "int8_linear(Tensor input, Tensor packed, Tensor table, Tensor factor, Tensor offset, Tensor? bias, int group_rows,"
+    "int8_linear(Tensor input, Tensor packed, Tensor table, Tensor factor, Tensor row_sum, Tensor? bias, int group_rows,"
     " Tensor? outlier_index, Tensor? outlier_delta, str activation) -> Tensor"
 )
 
@@ -27,7 +27,7 @@ def _check_int8_linear(
     packed: Tensor,
     table: Tensor,
     factor: Tensor,
-    offset: Tensor,
+    row_sum: Tensor,
     bias: Tensor | None,
     group_rows: int,
     outlier_index: Tensor | None,
@@ -52,8 +52,8 @@ def _check_int8_linear(
             expect_float(name, tensor)
             if tensor.shape != (rows,):
                 raise ValueError(f"{name}: expected shape ({rows},), got {tuple(tensor.shape)}")
-    if offset.dtype != torch.int32 or offset.shape != (rows,):
-        raise ValueError(f"offset: expected int32 ({rows},), got {offset.dtype} {tuple(offset.shape)}")
+    if row_sum.dtype != torch.int32 or row_sum.shape != (rows,):
+        raise ValueError(f"row_sum: expected int32 ({rows},), got {row_sum.dtype} {tuple(row_sum.shape)}")
     if (outlier_index is None) != (outlier_delta is None):
         raise ValueError("outlier_delta: expected both outlier_index and outlier_delta, or neither")
     if outlier_index is not None and outlier_delta is not None:
@@ -83,14 +83,14 @@ def _(
     packed: Tensor,
     table: Tensor,
     factor: Tensor,
-    offset: Tensor,
+    row_sum: Tensor,
     bias: Tensor | None,
     group_rows: int,
     outlier_index: Tensor | None,
     outlier_delta: Tensor | None,
     activation: str,
 ) -> Tensor:
-    _check_int8_linear(input, packed, table, factor, offset, bias, group_rows, outlier_index, outlier_delta, activation)
+    _check_int8_linear(input, packed, table, factor, row_sum, bias, group_rows, outlier_index, outlier_delta, activation)
     return input.new_empty(*input.shape[:-1], packed.shape[0])
 
 
@@ -98,10 +98,10 @@ def int8_codebook(packed: Tensor, codebook: Tensor, cols: int, *, group_rows: in
     """A codebook in integers, for `int8_linear`: codebook ~ scale[:, None] * table.
 
     packed: (OUT, row_bytes) uint8 of `cols` columns; codebook: (G, K) floating point; group_rows: rows that share a codebook,
-    default ceil(OUT / G). Returns table (G, K) int8, of magnitudes up to 63 for 1 to 5 bits and up to 127 for 6 to 8; scale (G,)
-    fp32, the one of those tried with the least squared error over the weights (an entry counts as often as it is used); and
-    offset (OUT,) int32, 128 times the sum of each row of integers. A codebook that is not finite gets the scale NaN.
-    Raises TypeError or ValueError where these do not fit, or for more than 131072 columns.
+    default ceil(OUT / G). Returns table (G, K) int8, of magnitudes up to 127; scale (G,) fp32, the one of those tried with the
+    least squared error over the weights (an entry counts as often as it is used); and row_sum (OUT,) int32, the sum of each row
+    of integers. A codebook that is not finite gets the scale NaN.
+    Raises TypeError or ValueError where these do not fit, or for more than 32768 columns.
     """
     group_rows = even_group_rows(packed, codebook.shape[0], group_rows)
     expect_codebook(packed, codebook, cols, group_rows)
@@ -114,7 +114,7 @@ def int8_linear(
     packed: Tensor,
     table: Tensor,
     factor: Tensor,
-    offset: Tensor,
+    row_sum: Tensor,
     bias: Tensor | None = None,
     *,
     group_rows: int | None = None,
@@ -124,13 +124,14 @@ def int8_linear(
 ) -> Tensor:
     """activation(input @ weight.T + bias) in integer arithmetic: the input is rounded row by row, the sums are exact.
 
-    input: (..., IN) fp32, bf16 or fp16; each row is rounded to integers of [-127, 127] times its largest magnitude / 127.
-    packed: (OUT, row_bytes) uint8; table, offset: of `int8_codebook`; factor: (OUT,) fp32, the scale of each row's table (times
+    input: (..., IN) fp32, bf16 or fp16; each row is rounded to multiples of a step of its own, (max - min) / 255 with 0 between
+    them, or that halved up to four times where few numbers lie beyond 256 of these steps (reference.int8_round has the rule).
+    packed: (OUT, row_bytes) uint8; table, row_sum: of `int8_codebook`; factor: (OUT,) fp32, the scale of each row's table (times
     a factor of the row, where it has one); bias: (OUT,) or None; outlier_index (n,) int32, ascending, outlier_delta (n,): what is
     added to single weights, multiplied in fp32 with the input as it is; activation: none, gelu, gelu_tanh, relu or silu.
     Returns (..., OUT) in the dtype of input, not differentiable. A row of the input that is not finite gives NaN.
     Raises TypeError or ValueError where these do not fit.
     """
     group_rows = even_group_rows(packed, table.shape[0], group_rows)
-    _check_int8_linear(input, packed, table, factor, offset, bias, group_rows, outlier_index, outlier_delta, activation)
-    return kmq.int8_linear(input, packed, table, factor, offset, bias, group_rows, outlier_index, outlier_delta, activation)
+    _check_int8_linear(input, packed, table, factor, row_sum, bias, group_rows, outlier_index, outlier_delta, activation)
+    return kmq.int8_linear(input, packed, table, factor, row_sum, bias, group_rows, outlier_index, outlier_delta, activation)

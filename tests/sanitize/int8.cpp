@@ -39,7 +39,7 @@ struct Weight {
   std::vector<uint8_t> assignments, bytes;
   std::vector<float> codebook, scale, factor, bias, row_scale, delta;
   std::vector<int8_t> table;
-  std::vector<int32_t> offset, index;
+  std::vector<int32_t> row_sum, index;
   cpu::LinearWeight weight;
 
   Weight(int64_t rows, int64_t cols, int bits, bool integers) {
@@ -59,16 +59,16 @@ struct Weight {
       if (upto(1)) row_scale = normals(rows), weight.row_scale = row_scale.data();
       return;
     }
-    table.resize(books * K), scale.resize(books), offset.resize(rows), factor.resize(rows);
-    cpu::int8_codebook(packed, codebook.data(), group_rows, table.data(), scale.data(), offset.data(), parallel);
+    table.resize(books * K), scale.resize(books), row_sum.resize(rows), factor.resize(rows);
+    cpu::int8_codebook(packed, codebook.data(), group_rows, table.data(), scale.data(), row_sum.data(), parallel);
     for (int64_t r = 0; r < rows; ++r) {
       int64_t sum = 0;
       for (int64_t c = 0; c < cols; ++c) sum += entry(r, c);
-      check(offset[r] == 128 * sum, "offset");
+      check(row_sum[r] == sum, "row_sum");
       factor[r] = scale[r / group_rows];
     }
-    for (const int8_t t : table) check(std::abs(t) <= cpu::int8_limit(bits), "table beyond its limit");
-    weight.table = table.data(), weight.factor = factor.data(), weight.offset = offset.data();
+    for (const int8_t t : table) check(std::abs(t) <= cpu::kInt8Limit, "table beyond its limit");
+    weight.table = table.data(), weight.factor = factor.data(), weight.row_sum = row_sum.data();
   }
 
   int entry(int64_t r, int64_t c) const {
@@ -76,30 +76,63 @@ struct Weight {
   }
 };
 
+// Integers of a row, and their step, by the rule of linear/int8.h.
+float rounded(const float* x, int64_t cols, int64_t* q) {
+  float high = 0, low = 0;
+  for (int64_t c = 0; c < cols; ++c) high = std::fmax(high, x[c]), low = std::fmin(low, x[c]);
+  const float step = high / 255.0f - low / 255.0f, inverse = 1.0f / step;
+  if (!(step >= 1e-36f)) {
+    std::fill(q, q + cols, 0);
+    return 0;
+  }
+  float power = 1;
+  for (int halvings = 1; halvings <= 4; ++halvings) {
+    const float finer = inverse * power * 2;
+    const int64_t first = std::max<int64_t>(std::lrint(low * finer), -128);
+    std::vector<int64_t> cost((cols + 127) / 128 * 32 * 2);
+    for (int64_t c = 0; c < cols; ++c) {
+      const int64_t at = (c / 128 * 32 + c / 16 % 2 * 16 + c % 16) * 2, value = std::lrint(x[c] * finer);
+      cost[at] = std::max(cost[at], (std::max<int64_t>(0, value - first - 255) + 255) / 256);
+      cost[at + 1] = std::max(cost[at + 1], (std::max<int64_t>(0, first - value) + 255) / 256);
+    }
+    int64_t total = 0;
+    for (const int64_t n : cost) total += n;
+    if (total > std::max<int64_t>(2, (cols + 127) / 128)) break;
+    power *= 2;
+  }
+  const int64_t first = std::lrint(low * inverse);
+  for (int64_t c = 0; c < cols; ++c) {
+    q[c] = std::lrint(x[c] * (inverse * power));
+    if (power == 1) q[c] = std::min(std::max(q[c], first), first + 255);
+  }
+  return step / power;
+}
+
 void fuzz_linear() {
   const int bits = 1 + int(upto(7));
   const int64_t rows = 1 + upto(70), cols = 1 + upto(upto(4) ? 300 : 1500), M = 1 + upto(upto(9) ? 11 : 600);
   const Weight made(rows, cols, bits, true);
   std::vector<float> input = normals(M * cols), output(M * rows, std::nanf(""));
   for (int64_t m = 0; m < M; ++m) {
-    const int64_t kind = upto(12);
+    const int64_t kind = upto(16);
+    for (int64_t n = kind < 13 ? 0 : upto(4); n > 0; --n) input[m * cols + upto(cols - 1)] *= 30 * std::fabs(normal());
     for (int64_t c = 0; c < cols && kind < 3; ++c) input[m * cols + c] *= kind == 0 ? 0.0f : kind == 1 ? 1e-40f : 1e30f;
     if (kind == 3) input[m * cols + upto(cols - 1)] = upto(1) ? HUGE_VALF : std::nanf("");
   }
   cpu::int8_linear(input.data(), Dtype::f32, M, made.weight, cpu::Activation::none, output.data(), parallel);
+  std::vector<int64_t> q(cols);
   for (int64_t m = 0; m < M; ++m) {
     const float* const x = input.data() + m * cols;
-    float largest = 0;
     bool finite = true;
-    for (int64_t c = 0; c < cols; ++c) finite = finite && std::isfinite(x[c]), largest = std::fmax(largest, std::fabs(x[c]));
-    const bool zero = !(largest >= 1e-36f);
+    for (int64_t c = 0; c < cols; ++c) finite = finite && std::isfinite(x[c]);
+    const float step = finite ? rounded(x, cols, q.data()) : 0;
     for (int64_t r = 0; r < rows; ++r) {
       int64_t sum = 0;
       float added = 0;
-      for (int64_t c = 0; c < cols && finite && !zero; ++c) sum += std::lrint(x[c] * (127.0f / largest)) * made.entry(r, c);
+      for (int64_t c = 0; c < cols && finite; ++c) sum += q[c] * made.entry(r, c);
       for (size_t i = 0; i < made.index.size(); ++i)
         if (made.index[i] / cols == r) added += x[made.index[i] % cols] * made.delta[i];
-      const float expected = float(sum) * (zero ? 0.0f : largest / 127.0f) * made.factor[r] + added + (made.weight.bias ? made.bias[r] : 0.0f);
+      const float expected = float(sum) * step * made.factor[r] + added + (made.weight.bias ? made.bias[r] : 0.0f);
       const float got = output[m * rows + r];
       check(finite ? got == expected : std::isnan(got), "integer product");
     }

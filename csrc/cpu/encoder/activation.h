@@ -1,4 +1,4 @@
-// exp, and the activation functions of encoders, in elementary operations: the same bits on the scalar and the AVX2 path.
+// exp, and the activation functions of encoders, in elementary operations: the same bits on every path.
 //
 // The compiler vectorizes the loops around them only where it sees no branch, so that conditions are masks.
 #pragma once
@@ -68,11 +68,17 @@ template <Activation activation>
 KMQ_AVX2 void activate_avx2(float* values, int64_t count) {
   activate_plain<activation>(values, count);
 }
+
+template <Activation activation>
+KMQ_AVX512 void activate_avx512(float* values, int64_t count) {
+  activate_plain<activation>(values, count);
+}
 #endif
 
 template <Activation activation>
 void activate_as(float* values, int64_t count) {
 #ifdef KMQ_X86
+  if (avx512()) return activate_avx512<activation>(values, count);
   if (avx2()) return activate_avx2<activation>(values, count);
 #endif
   activate_scalar<activation>(values, count);

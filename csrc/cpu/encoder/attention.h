@@ -53,11 +53,17 @@ template <int64_t depth>
 KMQ_AVX2 float weigh_avx2(const Head& head, int64_t query, float* scores, int64_t piece) {
   return weigh_plain<depth>(head, query, scores, piece);
 }
+
+template <int64_t depth>
+KMQ_AVX512 float weigh_avx512(const Head& head, int64_t query, float* scores, int64_t piece) {
+  return weigh_plain<depth>(head, query, scores, piece);
+}
 #endif
 
 template <int64_t depth>
 float weigh(const Head& head, int64_t query, float* scores, int64_t piece) {
 #ifdef KMQ_X86
+  if (avx512()) return weigh_avx512<depth>(head, query, scores, piece);
   if (avx2()) return weigh_avx2<depth>(head, query, scores, piece);
 #endif
   return weigh_plain<depth>(head, query, scores, piece);

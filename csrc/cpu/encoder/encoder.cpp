@@ -108,7 +108,7 @@ class Share {
     for (const int64_t t : texts_) count_ += tokens.texts[t].count;
     int64_t widest = encoder.hidden, middle = 0, bytes = 0;
     const auto see = [&](const LinearWeight& weight) {
-      bytes = std::max(bytes, int8_stride(weight.packed.cols, int8_wide(weight.packed.bits)));
+      bytes = std::max(bytes, int8_stride(weight.packed.cols));
       widest = std::max(widest, weight.packed.cols);
     };
     for (const EmbeddingTable& table : encoder.embeddings) widest = std::max(widest, table.cols);
@@ -170,14 +170,12 @@ class Share {
 
   // input [tokens, cols of the weights] times each weight.
   void multiply(const float* input, const std::vector<Target>& targets, Activation activation) {
-    for (const bool wide : {false, true}) {
-      std::vector<Int8Product<float>> products;
-      for (const Target& target : targets)
-        if (target.weight->table && int8_wide(target.weight->packed.bits) == wide)
-          products.push_back({target.weight, target.out, target.weight->packed.rows, activation});
-      if (products.empty()) continue;
+    std::vector<Int8Product<float>> products;
+    for (const Target& target : targets)
+      if (target.weight->table) products.push_back({target.weight, target.out, target.weight->packed.rows, activation});
+    if (!products.empty()) {
       const int64_t cols = products[0].weight->packed.cols;
-      const Int8Input quantized{quantized_, scales_, count_, cols, wide};
+      const Int8Input quantized{quantized_, scales_, count_, cols};
       rows(cols, [&](int64_t begin, int64_t end) { int8_quantize(input, cols, begin, end, quantized); });
       int8_multiply<float, float>(quantized, input, products, parallel_);
     }

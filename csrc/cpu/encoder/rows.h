@@ -81,10 +81,15 @@ inline void normalize_scalar(const float* x, const float* add, int64_t count, co
 KMQ_AVX2 inline void normalize_avx2(const float* x, const float* add, int64_t count, const Norm& norm, float* to) {
   normalize_plain(x, add, count, norm, to);
 }
+
+KMQ_AVX512 inline void normalize_avx512(const float* x, const float* add, int64_t count, const Norm& norm, float* to) {
+  normalize_plain(x, add, count, norm, to);
+}
 #endif
 
 inline void normalize(const float* x, const float* add, int64_t count, const Norm& norm, float* to) {
 #ifdef KMQ_X86
+  if (avx512()) return normalize_avx512(x, add, count, norm, to);
   if (avx2()) return normalize_avx2(x, add, count, norm, to);
 #endif
   normalize_scalar(x, add, count, norm, to);

@@ -1,10 +1,9 @@
 // Products of quantized inputs with packed weights, see int8.h.
 //
-// A task is a panel: 16 rows of the weight, decoded to integers in the cache, and then multiplied with all rows of the input, 4 at a
-// time. The panel holds columns by fours (wide tables: by twos) and in each the 16 rows, so that a tile reads it as a stream and
-// broadcasts 4 bytes of an input row:
+// A task is a panel: rows of the weight, decoded to integers in the cache, and then multiplied with all rows of the input, a tile of
+// them at a time. Here are the panels of AVX2 and the scalar path, 16 rows with columns by twos; int8_vnni.h has the other.
 //
-//     panel    t(r, c) at [c / 4][r][c % 4], one byte each      wide: [c / 2][r][c % 2], two bytes each
+//     panel    t(r, c) at [c / 2][r][c % 2], two bytes each
 //
 // Decoding reads every packed row in its own order, through its own codebook, and turns 8 rows at a time.
 #include "int8.h"
@@ -13,27 +12,24 @@
 
 #include "../codes/decode.h"
 #include "../encoder/activation.h"
+#include "int8_vnni.h"
 
 namespace kmq::cpu {
 namespace {
 
 constexpr int64_t kGrainWork = 1 << 20;  // multiplications (a decoded weight counts as 4) that are worth a thread
-constexpr int64_t kRowsPerTask = 512;    // of the input: a long one is also cut
+constexpr int64_t kRowsPerTask = 768;    // of the input: a long one is also cut
 
-// sums [rows][16] of `rows` input rows and a panel; A is uint8_t with int8_t entries, or int16_t with int16_t.
-template <typename A, typename W>
-void tile_scalar(int64_t rows, int64_t cols, const A* a, int64_t lda, const W* panel, int32_t* sums) {
-  constexpr int64_t group = 4 / sizeof(A);
+// sums [rows][16] of `rows` input rows and a panel.
+void tile_scalar(int64_t rows, int64_t cols, const int16_t* a, int64_t lda, const int16_t* panel, int32_t* sums) {
   std::fill(sums, sums + rows * kInt8Rows, 0);
   for (int64_t c = 0; c < cols; ++c)
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t r = 0; r < kInt8Rows; ++r)
-        sums[i * kInt8Rows + r] += int32_t(a[i * lda + c]) * int32_t(panel[c / group * kInt8Rows * group + r * group + c % group]);
+        sums[i * kInt8Rows + r] += int32_t(a[i * lda + c]) * int32_t(panel[c / 2 * kInt8Rows * 2 + r * 2 + c % 2]);
 }
 
-template <typename W>
-void decode_scalar(const LinearWeight& weight, int64_t row, int64_t rows, W* panel) {
-  constexpr int64_t group = 4 / sizeof(W);
+void decode_scalar(const LinearWeight& weight, int64_t row, int64_t rows, int16_t* panel) {
   const Packed& packed = weight.packed;
   uint8_t index[kBlock];
   for (int64_t r = 0; r < kInt8Rows; ++r) {
@@ -41,8 +37,8 @@ void decode_scalar(const LinearWeight& weight, int64_t row, int64_t rows, W* pan
     const int8_t* table = weight.table + ((from / weight.group_rows) << packed.bits);
     for (int64_t col = 0; col < packed.cols; col += kBlock) {
       decode_block(packed.data + from * packed.row_bytes() + col / kBlock * kLanes * packed.bits, packed.bits, index);
-      W* to = panel + col * kInt8Rows + r * group;
-      for (int64_t c = 0; c < kBlock; ++c) to[c / group * kInt8Rows * group + c % group] = table[index[c]];
+      int16_t* to = panel + col * kInt8Rows + r * 2;
+      for (int64_t c = 0; c < kBlock; ++c) to[c / 2 * kInt8Rows * 2 + c % 2] = table[index[c]];
     }
   }
 }
@@ -91,8 +87,10 @@ struct Lookup {
 };
 
 // Writes 8 rows of a half of a panel: from[r], 32 bytes of row r each, hold columns by fours in the order of index_vectors.
-template <typename W>
-KMQ_AVX2_INLINE void turn(const uint8_t (*from)[32], int half, int nibble, W* panel) {
+KMQ_AVX2_INLINE void turn(const uint8_t (*from)[32], int half, int nibble, int16_t* panel) {
+  // The bytes go to the upper halves of words; a shift brings them down with their sign.
+  const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13));
+  const __m256i second = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, 2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15));
 #pragma GCC unroll 2
   for (int lane = 0; lane < 2; ++lane) {
     __m256i r[4], pair[4];
@@ -109,22 +107,15 @@ KMQ_AVX2_INLINE void turn(const uint8_t (*from)[32], int half, int nibble, W* pa
 #pragma GCC unroll 4
     for (int b = 0; b < 4; ++b) {
       const __m256i four = b % 2 ? _mm256_unpackhi_epi64(pair[b / 2], pair[b / 2 + 2]) : _mm256_unpacklo_epi64(pair[b / 2], pair[b / 2 + 2]);
-      W* const to = panel + (8 * b + 4 * nibble + 2 * half + lane) * 4 * kInt8Rows;
-      if constexpr (sizeof(W) == 1) {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to), four);
-      } else {
-        // The bytes go to the upper halves of words; the shift brings them down with their sign.
-        const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13));
-        const __m256i second = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, 2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_srai_epi16(_mm256_shuffle_epi8(four, first), 8));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to + 2 * kInt8Rows), _mm256_srai_epi16(_mm256_shuffle_epi8(four, second), 8));
-      }
+      int16_t* const to = panel + (8 * b + 4 * nibble + 2 * half + lane) * 4 * kInt8Rows;
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_srai_epi16(_mm256_shuffle_epi8(four, first), 8));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to + 2 * kInt8Rows), _mm256_srai_epi16(_mm256_shuffle_epi8(four, second), 8));
     }
   }
 }
 
-template <int bits, typename W>
-KMQ_AVX2 void decode_avx2(const LinearWeight& weight, int64_t row, int64_t rows, W* panel) {
+template <int bits>
+KMQ_AVX2 void decode_avx2(const LinearWeight& weight, int64_t row, int64_t rows, int16_t* panel) {
   const Packed& packed = weight.packed;
   const int64_t bytes = packed.row_bytes();
   alignas(32) uint8_t decoded[2][2][8][32];  // half, nibble, row
@@ -146,40 +137,11 @@ KMQ_AVX2 void decode_avx2(const LinearWeight& weight, int64_t row, int64_t rows,
         }
       }
 #pragma GCC unroll 1
-      for (int part = 0; part < 4; ++part) turn(decoded[part / 2][part % 2], part / 2, part % 2, panel + first * (4 / sizeof(W)));
+      for (int part = 0; part < 4; ++part) turn(decoded[part / 2][part % 2], part / 2, part % 2, panel + first * 2);
     }
-}
-
-KMQ_AVX2_INLINE __m256i broadcast4(const void* from) {
-  int32_t four;
-  std::memcpy(&four, from, 4);
-  return _mm256_set1_epi32(four);
 }
 
 // R rows by 16: with 4 rows the 8 sums, the panel's 2 registers and what is multiplied stay in registers.
-template <int R>
-KMQ_AVX2 void tile_avx2(int64_t steps, const uint8_t* a, int64_t lda, const int8_t* panel, int32_t* sums) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  __m256i sum[R][2];
-#pragma GCC unroll 4
-  for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < steps; ++k, a += 4, panel += 64) {
-    const __m256i right[2] = {_mm256_load_si256(reinterpret_cast<const __m256i*>(panel)),
-                              _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + 32))};
-#pragma GCC unroll 4
-    for (int i = 0; i < R; ++i) {
-      const __m256i left = broadcast4(a + i * lda);
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) sum[i][v] = _mm256_add_epi32(sum[i][v], _mm256_madd_epi16(ones, _mm256_maddubs_epi16(left, right[v])));
-    }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) _mm256_store_si256(reinterpret_cast<__m256i*>(sums + 16 * i + 8 * v), sum[i][v]);
-}
-
 template <int R>
 KMQ_AVX2 void tile_avx2(int64_t steps, const int16_t* a, int64_t lda, const int16_t* panel, int32_t* sums) {
   __m256i sum[R][2];
@@ -191,7 +153,9 @@ KMQ_AVX2 void tile_avx2(int64_t steps, const int16_t* a, int64_t lda, const int1
                               _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + 16))};
 #pragma GCC unroll 4
     for (int i = 0; i < R; ++i) {
-      const __m256i left = broadcast4(a + i * lda);
+      int32_t two;
+      std::memcpy(&two, a + i * lda, 4);
+      const __m256i left = _mm256_set1_epi32(two);
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) sum[i][v] = _mm256_add_epi32(sum[i][v], _mm256_madd_epi16(left, right[v]));
     }
@@ -204,245 +168,160 @@ KMQ_AVX2 void tile_avx2(int64_t steps, const int16_t* a, int64_t lda, const int1
 
 #endif  // KMQ_X86
 
-template <typename W>
-void decode(const LinearWeight& weight, int64_t row, int64_t rows, W* panel) {
-#ifdef KMQ_X86
-  if (avx2()) return with_small(weight.packed.bits, [&](auto bits) { decode_avx2<bits(), W>(weight, row, rows, panel); });
-#endif
-  decode_scalar<W>(weight, row, rows, panel);
-}
+// What a path has: the numbers of its panels, decoding, a tile of at most kTile rows, and one row of its sums made outputs.
+struct Words {
+  using Entry = int16_t;
+  static constexpr int kRows = kInt8Rows, kTile = 4;
 
-// Input rows are zero from the last column to a multiple of four, so that a tile may take whole steps.
-template <typename A, typename W>
-void tile(int64_t rows, int64_t cols, const A* a, int64_t lda, const W* panel, int32_t* sums) {
+  static void decode(const LinearWeight& weight, int64_t row, int64_t rows, int16_t* panel) {
 #ifdef KMQ_X86
-  if (avx2()) {
-    const int64_t steps = ceil_div(cols * sizeof(A), 4);
-    if (rows == 4) tile_avx2<4>(steps, a, lda, panel, sums);
-    else if (rows == 3) tile_avx2<3>(steps, a, lda, panel, sums);
-    else if (rows == 2) tile_avx2<2>(steps, a, lda, panel, sums);
-    else tile_avx2<1>(steps, a, lda, panel, sums);
-    return;
+    if (avx2()) return with_small(weight.packed.bits, [&](auto bits) { decode_avx2<bits()>(weight, row, rows, panel); });
+#endif
+    decode_scalar(weight, row, rows, panel);
   }
-#endif
-  tile_scalar<A, W>(rows, cols, a, lda, panel, sums);
-}
 
-// What a panel's sums become: one of these for the rows of the weight in a panel.
-struct Epilogue {
-  alignas(64) float factor[kInt8Rows], bias[kInt8Rows];
-  alignas(64) int32_t offset[kInt8Rows];
-  alignas(64) float added[4][kInt8Rows];  // by outliers
-  bool outliers;
-
-  Epilogue(const LinearWeight& weight, int64_t row, int64_t rows, bool wide) {
-    for (int64_t r = 0; r < kInt8Rows; ++r) {
-      factor[r] = r < rows ? weight.factor[row + r] : 0.0f;
-      bias[r] = r < rows && weight.bias ? weight.bias[row + r] : 0.0f;
-      offset[r] = r < rows && !wide ? weight.offset[row + r] : 0;
+  static void tile(const Int8Input& input, int64_t m, int64_t rows, const int16_t* panel, int32_t* sums) {
+    const int16_t* const a = reinterpret_cast<const int16_t*>(input.data + m * input.stride());
+    const int64_t lda = input.stride() / 2;
+#ifdef KMQ_X86
+    if (avx2()) {
+      const int64_t steps = ceil_div(input.cols, 2);
+      if (rows == 4) tile_avx2<4>(steps, a, lda, panel, sums);
+      else if (rows == 3) tile_avx2<3>(steps, a, lda, panel, sums);
+      else if (rows == 2) tile_avx2<2>(steps, a, lda, panel, sums);
+      else tile_avx2<1>(steps, a, lda, panel, sums);
+      return;
     }
-    std::fill(added[0], added[0] + 4 * kInt8Rows, 0.0f);
-    outliers = false;
+#endif
+    tile_scalar(rows, input.cols, a, lda, panel, sums);
   }
 
-  KMQ_PLAIN void plain(const int32_t* sums, const float* scale, int64_t rows, float* out) const {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t r = 0; r < kInt8Rows; ++r)
-        out[i * kInt8Rows + r] = float(sums[i * kInt8Rows + r] - offset[r]) * scale[i] * factor[r] + added[i][r] + bias[r];
+  KMQ_PLAIN static void finish_plain(float scale, const float* factor, const float* added, const float* bias, const int32_t* sums, float* out) {
+    for (int64_t r = 0; r < kRows; ++r) out[r] = float(sums[r]) * scale * factor[r] + added[r] + bias[r];
   }
 
 #ifdef KMQ_X86
-  KMQ_AVX2 void vector(const int32_t* sums, const float* scale, int64_t rows, float* out) const { plain(sums, scale, rows, out); }
+  KMQ_AVX2 static void finish_avx2(float scale, const float* factor, const float* added, const float* bias, const int32_t* sums, float* out) {
+    finish_plain(scale, factor, added, bias, sums, out);
+  }
+
+  template <typename T>
+  KMQ_AVX2 static void store_avx2(const float* from, T* to) {
+    store8(to, _mm256_load_ps(from));
+    store8(to + 8, _mm256_load_ps(from + 8));
+  }
 #endif
 
-  void operator()(const int32_t* sums, const float* scale, int64_t rows, float* out) const {
+  static void finish(const Int8Input& input, int64_t m, const int16_t*, const int32_t*, const float* factor, const float* added,
+                     const float* bias, const int32_t* sums, float* out) {
 #ifdef KMQ_X86
-    if (avx2()) return vector(sums, scale, rows, out);
+    if (avx2()) return finish_avx2(input.scale[m], factor, added, bias, sums, out);
 #endif
-    plain(sums, scale, rows, out);
+    finish_plain(input.scale[m], factor, added, bias, sums, out);
+  }
+
+  template <typename T>
+  static void store(const float* from, int64_t count, T* to) {
+#ifdef KMQ_X86
+    if (avx2() && count == kRows) return store_avx2(from, to);
+#endif
+    for (int64_t r = 0; r < count; ++r) narrow(from[r], to[r]);
   }
 };
 
 #ifdef KMQ_X86
-template <typename T>
-KMQ_AVX2 void store_avx2(const float* from, T* to) {
-  store8(to, _mm256_load_ps(from));
-  store8(to + 8, _mm256_load_ps(from + 8));
-}
-#endif
+struct Bytes {
+  using Entry = int8_t;
+  static constexpr int kRows = kInt8RowsVnni, kTile = kTileRowsVnni;
 
-template <typename T>
-void store(const float* from, int64_t count, T* to) {
-#ifdef KMQ_X86
-  if (avx2() && count == kInt8Rows) return store_avx2(from, to);
-#endif
-  for (int64_t r = 0; r < count; ++r) narrow(from[r], to[r]);
-}
-
-// The outliers of 16 rows of a weight from `row` on, times rows of the input; in the order of their positions.
-template <typename V>
-void add_outliers(const LinearWeight& weight, int64_t row, int64_t rows, const V* values, int64_t count, float (*added)[kInt8Rows]) {
-  const int64_t cols = weight.packed.cols;
-  const int32_t *begin = weight.outlier_index, *end = begin + weight.outliers;
-  const int32_t* at = std::lower_bound(begin, end, row * cols, [](int32_t a, int64_t b) { return a < b; });
-  std::fill(added[0], added[0] + 4 * kInt8Rows, 0.0f);
-  for (; at != end && *at < (row + rows) * cols; ++at) {
-    const int64_t r = *at / cols - row, c = *at % cols;
-    for (int64_t i = 0; i < count; ++i) added[i][r] += static_cast<float>(values[i * cols + c]) * weight.outlier_delta[at - begin];
+  static void decode(const LinearWeight& weight, int64_t row, int64_t rows, int8_t* panel) {
+    with_small(weight.packed.bits, [&](auto bits) { decode_vnni<bits()>(weight, row, rows, panel); });
   }
-}
+
+  static void tile(const Int8Input& input, int64_t m, int64_t rows, const int8_t* panel, int32_t* sums) {
+    tile_vnni(rows, int8_padded(input.cols) / kInt8Group, input.data + m * input.stride(), input.stride(), panel, sums);
+  }
+
+  static void finish(const Int8Input& input, int64_t m, const int8_t* panel, const int32_t* row_sum, const float* factor, const float* added,
+                     const float* bias, const int32_t* sums, float* out) {
+    finish_row_vnni(*input.tail(m), input.scale[m], panel, row_sum, factor, added, bias, sums, out);
+  }
+
+  template <typename T>
+  static void store(const float* from, int64_t count, T* to) {
+    store_row_vnni(from, count, to);
+  }
+};
+#endif
 
 // Rows begin .. end of the input with one panel.
-template <typename A, typename W, typename V, typename T>
+template <typename Path, typename V, typename T>
 void multiply_panel(const Int8Input& input, const V* values, const Int8Product<T>& product, int64_t row, int64_t begin, int64_t end,
-                    const W* panel) {
+                    const typename Path::Entry* panel) {
+  constexpr int W = Path::kRows;
+  if (begin >= end) return;
   const LinearWeight& weight = *product.weight;
-  const int64_t rows = std::min<int64_t>(kInt8Rows, weight.packed.rows - row), stride = int8_stride(input.cols, input.wide);
-  Epilogue epilogue(weight, row, rows, input.wide);
-  alignas(64) int32_t sums[4 * kInt8Rows];
-  alignas(64) float out[4 * kInt8Rows];
-  for (int64_t m = begin; m < end; m += 4) {
-    const int64_t here = std::min<int64_t>(4, end - m);
-    tile<A, W>(here, input.cols, reinterpret_cast<const A*>(input.data + m * stride), stride / int64_t(sizeof(A)), panel, sums);
-    if (weight.outliers) add_outliers(weight, row, rows, values + m * input.cols, here, epilogue.added);
-    epilogue(sums, input.scale + m, here, out);
-    activate(product.activation, out, here * kInt8Rows);
-    for (int64_t i = 0; i < here; ++i) store(out + i * kInt8Rows, rows, product.out + (m + i) * product.ld + row);
+  const int64_t rows = std::min<int64_t>(W, weight.packed.rows - row);
+  alignas(64) float factor[W] = {}, bias[W] = {}, added[Path::kTile][W] = {}, out[Path::kTile][W];
+  alignas(64) int32_t row_sum[W] = {}, sums[Path::kTile][W];
+  for (int64_t r = 0; r < rows; ++r) {
+    factor[r] = weight.factor[row + r];
+    bias[r] = weight.bias ? weight.bias[row + r] : 0.0f;
+    row_sum[r] = weight.row_sum[row + r];
+  }
+  const int64_t tiles = ceil_div(end - begin, int64_t(Path::kTile)), most = ceil_div(end - begin, tiles);  // nearly equal ones
+  for (int64_t m = begin, here; m < end; m += here) {
+    here = std::min(most, end - m);
+    Path::tile(input, m, here, panel, sums[0]);
+    if (weight.outliers) int8_outliers<W>(weight, row, rows, values + m * input.cols, here, added);
+    for (int64_t i = 0; i < here; ++i) Path::finish(input, m + i, panel, row_sum, factor, added[i], bias, sums[i], out[i]);
+    activate(product.activation, out[0], here * W);
+    for (int64_t i = 0; i < here; ++i) Path::store(out[i], rows, product.out + (m + i) * product.ld + row);
   }
 }
 
-template <typename A, typename W, typename V, typename T>
+template <typename Path, typename V, typename T>
 void multiply(const Int8Input& input, const V* values, const std::vector<Int8Product<T>>& products, const Parallel& parallel) {
-  const int64_t parts = ceil_div(input.rows, kRowsPerTask), depth = round_up(std::max<int64_t>(input.cols, 1), kBlock);
+  using Entry = typename Path::Entry;
+  const int64_t parts = ceil_div(input.rows, kRowsPerTask), depth = int8_padded(input.cols), per_part = ceil_div(input.rows, parts);
   std::vector<int64_t> first{0};  // task of each product
-  for (const auto& product : products) first.push_back(first.back() + ceil_div(product.weight->packed.rows, kInt8Rows) * parts);
-  const int64_t work = kInt8Rows * (input.cols + 1) * (std::min(input.rows, kRowsPerTask) + 4);
+  for (const auto& product : products) first.push_back(first.back() + ceil_div(product.weight->packed.rows, int64_t(Path::kRows)) * parts);
+  const int64_t work = Path::kRows * (input.cols + 1) * (per_part + 4);
   parallel(first.back(), ceil_div(kGrainWork, work), [&](int64_t begin, int64_t end) {
-    W* const panel = reinterpret_cast<W*>(workspace(depth * kInt8Rows * sizeof(W) / sizeof(float)));
+    Entry* const panel = reinterpret_cast<Entry*>(workspace(depth * Path::kRows * sizeof(Entry) / sizeof(float)));
     size_t p = 0;
     int64_t decoded = -1;
     for (int64_t task = begin; task < end; ++task) {
       while (task >= first[p + 1]) ++p;
-      const int64_t row = (task - first[p]) / parts * kInt8Rows, part = (task - first[p]) % parts;
+      const int64_t row = (task - first[p]) / parts * Path::kRows, part = (task - first[p]) % parts;
       const LinearWeight& weight = *products[p].weight;
-      if (part == 0 || decoded != task - 1) decode<W>(weight, row, std::min<int64_t>(kInt8Rows, weight.packed.rows - row), panel);
+      if (part == 0 || decoded != task - 1) Path::decode(weight, row, std::min<int64_t>(Path::kRows, weight.packed.rows - row), panel);
       decoded = task;
-      multiply_panel<A, W>(input, values, products[p], row, part * kRowsPerTask, std::min(input.rows, (part + 1) * kRowsPerTask), panel);
+      multiply_panel<Path>(input, values, products[p], row, part * per_part, std::min(input.rows, (part + 1) * per_part), panel);
     }
   });
 }
 
-// The largest magnitude as the bits of a float: NaN counts as more than Inf.
-template <typename T>
-KMQ_PLAIN uint32_t largest_plain(const T* x, int64_t count) {
-  uint32_t most = 0;
-  for (int64_t i = 0; i < count; ++i) most = std::max(most, bits_of(static_cast<float>(x[i])) & 0x7fffffff);
-  return most;
-}
-
-template <typename T>
-KMQ_PLAIN void round_plain(const T* x, int64_t count, float inverse, bool wide, uint8_t* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    // As the vector form does: adding 1.5 * 2^23 rounds to the nearest integer, even on a tie, in the low bits.
-    const int32_t q = int32_t(bits_of(static_cast<float>(x[i]) * inverse + 12582912.0f)) - 0x4b400000;
-    if (wide) reinterpret_cast<int16_t*>(to)[i] = int16_t(q);
-    else to[i] = uint8_t(q + 128);
-  }
-}
-
-#ifdef KMQ_X86
-
-template <typename T>
-KMQ_AVX2 uint32_t largest_avx2(const T* x, int64_t count) {
-  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-  __m256i most[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16)
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) most[v] = _mm256_max_epi32(most[v], _mm256_and_si256(_mm256_castps_si256(load8(x + i + 8 * v)), magnitude));
-  alignas(32) uint32_t lanes[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_max_epi32(most[0], most[1]));
-  uint32_t result = largest_plain(x + i, count - i);
-  for (const uint32_t lane : lanes) result = std::max(result, lane);
-  return result;
-}
-
-template <typename T>
-KMQ_AVX2 void round_avx2(const T* x, int64_t count, float inverse, bool wide, uint8_t* to) {
-  const __m256 factor = _mm256_set1_ps(inverse);
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(load8(x + i), factor));
-    const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(load8(x + i + 8), factor));
-    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-    if (wide) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * i), words);
-    } else {
-      const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
-    }
-  }
-  round_plain(x + i, count - i, inverse, wide, to + i * (wide ? 2 : 1));
-}
-
-#endif
-
 }  // namespace
-
-int int8_limit(int bits) { return int8_wide(bits) ? 127 : 63; }
-
-template <typename T>
-void int8_quantize(const T* input, int64_t ld, int64_t begin, int64_t end, const Int8Input& out) {
-  const int64_t stride = int8_stride(out.cols, out.wide), size = out.wide ? 2 : 1;
-  for (int64_t m = begin; m < end; ++m) {
-    const T* const x = input + m * ld;
-    uint8_t* const to = out.data + m * stride;
-    std::memset(to + out.cols * size, 0, stride - out.cols * size);
-    uint32_t most;
-#ifdef KMQ_X86
-    if (avx2()) most = largest_avx2(x, out.cols);
-    else
-#endif
-      most = largest_plain(x, out.cols);
-    const float largest = float_of(most);
-    // 127 / largest must be finite: smaller numbers are zeros.
-    const bool finite = most < 0x7f800000, zero = !(largest >= 1e-36f);
-    out.scale[m] = finite ? zero ? 0.0f : largest / 127.0f : std::nanf("");
-    if (!finite || zero) {
-      if (out.wide) std::memset(to, 0, out.cols * size);
-      else std::memset(to, 128, out.cols);
-      continue;
-    }
-    const float inverse = 127.0f / largest;
-#ifdef KMQ_X86
-    if (avx2()) {
-      round_avx2(x, out.cols, inverse, out.wide, to);
-      continue;
-    }
-#endif
-    round_plain(x, out.cols, inverse, out.wide, to);
-  }
-}
 
 template <typename V, typename T>
 void int8_multiply(const Int8Input& input, const V* values, const std::vector<Int8Product<T>>& products, const Parallel& parallel) {
   if (input.rows == 0) return;
-  if (input.wide) multiply<int16_t, int16_t>(input, values, products, parallel);
-  else multiply<uint8_t, int8_t>(input, values, products, parallel);
+#ifdef KMQ_X86
+  if (vnni()) return multiply<Bytes>(input, values, products, parallel);
+#endif
+  multiply<Words>(input, values, products, parallel);
 }
 
-template void int8_quantize<float>(const float*, int64_t, int64_t, int64_t, const Int8Input&);
 template void int8_multiply<float, float>(const Int8Input&, const float*, const std::vector<Int8Product<float>>&, const Parallel&);
 
 namespace {
 
 template <typename T>
 void linear(const T* input, int64_t M, const LinearWeight& weight, Activation activation, T* output, const Parallel& parallel) {
-  const int64_t cols = weight.packed.cols;
-  const bool wide = int8_wide(weight.packed.bits);
-  const int64_t stride = int8_stride(cols, wide);
-  const Scratch owned = scratch(ceil_div(M * stride, 4) + M);
-  const Int8Input quantized{reinterpret_cast<uint8_t*>(owned.get() + M), owned.get(), M, cols, wide};
+  const int64_t cols = weight.packed.cols, scales = round_up(M, 16);
+  const Scratch owned = scratch(ceil_div(M * int8_stride(cols), 4) + scales);
+  const Int8Input quantized{reinterpret_cast<uint8_t*>(owned.get() + scales), owned.get(), M, cols};
   parallel(M, ceil_div(kGrainWork, 16 * (cols + 1)), [&](int64_t begin, int64_t end) { int8_quantize(input, cols, begin, end, quantized); });
   int8_multiply<T, T>(quantized, input, {{&weight, output, weight.packed.rows, activation}}, parallel);
 }

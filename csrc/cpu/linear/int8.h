@@ -2,14 +2,19 @@
 //
 //     output(m, r) = scale[m] * factor[r] * sum over c of q(m, c) * t(r, c)   (+ outliers) + bias[r]
 //
-// q are integers of [-127, 127], t the entries of an int8 table at the packed indices. The sum is exact, so every path, and every
-// order, gives the same integer. What is multiplied differs by the width of the index:
+// t are the entries of an int8 table at the packed indices, |t| <= 127. q are integers of a row: its numbers in steps of scale[m].
+// The sum is exact, so every path, and every order, gives the same integer.
 //
-//     bits 1..5   |t| <= 63, q is stored as q + 128, unsigned: then vpmaddubsw adds two products without saturating (2 * 255 * 63
-//                 fits int16), and 128 * sum of t is taken back at the end. 32 products in 3 instructions.
-//     bits 6..8   |t| <= 127, which such tables need: q is stored in 16 bits, vpmaddwd. 16 products in 2 instructions.
+// How a row is rounded. Let d = (max - min) / 255, both taken over the row and 0. Steps of d would fit all numbers into 8 bits; where a
+// few numbers are large and all others small, steps of d / 2, d / 4, d / 8 or d / 16 serve the many better, and what the few have
+// beyond 8 bits is multiplied once more. A window of 256 steps (from the least number on, but at most 128 below zero) holds the many.
+// A number e steps outside costs e / 255 more products with its column, and four columns (the same byte of them, see below) share
+// these. Of the steps tried in turn, the finest is taken with which a row costs at most max(2, a 32nd of its products) more.
 //
-// A processor with VNNI would take both in one way, with the same result.
+// What is multiplied differs by path:
+//
+//     VNNI            q less the least of the window, 8 bits unsigned, 64 products in one instruction. What is outside goes into a list.
+//     AVX2, scalar    q in 16 bits, vpmaddwd: 16 products in 2 instructions, and nothing is outside.
 #pragma once
 #include <vector>
 
@@ -18,19 +23,46 @@
 
 namespace kmq::cpu {
 
-constexpr int kInt8Rows = 16;  // rows of the weight in a panel
+// Rows of the weight in a panel.
+constexpr int kInt8Rows = 16, kInt8RowsVnni = 32;
+constexpr int kInt8Halvings = 4;  // of the step
 
-inline bool int8_wide(int bits) { return bits > 5; }
+// Numbers of a row that share what they have beyond the window: 16 fields below one another, of a block of 128 columns; 32 a block.
+// Field f of lane l is column 16 f + l, as in the layout of packed indices; group p * 16 + l holds fields p, p + 2, p + 4 and p + 6.
+constexpr int64_t kInt8Group = 4;
+
+inline int64_t int8_padded(int64_t cols) { return round_up(std::max<int64_t>(cols, 1), kBlock); }
+inline int64_t int8_most_added(int64_t cols) { return std::max<int64_t>(2, int8_padded(cols) / kInt8Group / 32); }
+
+// What four columns have beyond the window: bytes to be multiplied once more, and where.
+struct Int8Added {
+  int32_t group;
+  uint32_t bytes;
+};
+
+// Behind the numbers of a row, VNNI only.
+struct Int8Tail {
+  int32_t least;           // q of the byte 0
+  int32_t above, below;    // entries of `list` that are added, then entries that are taken away
+  int32_t unused;
+  Int8Added* list() { return reinterpret_cast<Int8Added*>(this + 1); }
+  const Int8Added* list() const { return reinterpret_cast<const Int8Added*>(this + 1); }
+};
 
 // Bytes from one quantized row to the next. An odd number of cache lines, so that the rows of a tile fall in different sets.
-inline int64_t int8_stride(int64_t cols, bool wide) { return (ceil_div(cols * (wide ? 2 : 1), 64) | 1) * 64; }
+inline int64_t int8_stride(int64_t cols) {
+  const int64_t numbers = int8_padded(cols) * (vnni() ? 1 : 2), tail = vnni() ? sizeof(Int8Tail) + 2 * int8_most_added(cols) * sizeof(Int8Added) : 0;
+  return (ceil_div(numbers + tail, 64) | 1) * 64;
+}
 
 // Rows `cols` long, quantized: `data` at int8_stride apart, `scale` one each. A row that is not finite has the scale NaN.
 struct Int8Input {
   uint8_t* data;
   float* scale;
   int64_t rows, cols;
-  bool wide;
+
+  int64_t stride() const { return int8_stride(cols); }
+  Int8Tail* tail(int64_t m) const { return reinterpret_cast<Int8Tail*>(data + m * stride() + int8_padded(cols)); }
 };
 
 template <typename T>
@@ -48,5 +80,19 @@ struct Int8Product {
 // All products with one input. `values` [rows, cols] is the input itself, needed where a weight has outliers.
 template <typename V, typename T>
 void int8_multiply(const Int8Input& input, const V* values, const std::vector<Int8Product<T>>& products, const Parallel& parallel);
+
+// The outliers of the weight rows `row` .. `row + rows` (rows <= width), times `count` rows of the input, in the order of their
+// positions: added [count][width].
+template <int width, typename V>
+void int8_outliers(const LinearWeight& weight, int64_t row, int64_t rows, const V* values, int64_t count, float (*added)[width]) {
+  const int64_t cols = weight.packed.cols;
+  const int32_t *begin = weight.outlier_index, *end = begin + weight.outliers;
+  const int32_t* at = std::lower_bound(begin, end, row * cols, [](int32_t a, int64_t b) { return a < b; });
+  std::fill(added[0], added[0] + count * width, 0.0f);
+  for (; at != end && *at < (row + rows) * cols; ++at) {
+    const int64_t r = *at / cols - row, c = *at % cols;
+    for (int64_t i = 0; i < count; ++i) added[i][r] += static_cast<float>(values[i * cols + c]) * weight.outlier_delta[at - begin];
+  }
+}
 
 }  // namespace kmq::cpu

@@ -94,7 +94,7 @@ float fit(Entries& e, int64_t K, int limit, int8_t* table) {
 
 }  // namespace
 
-void int8_codebook(const Packed& packed, const float* codebook, int64_t group_rows, int8_t* table, float* scale, int32_t* offset,
+void int8_codebook(const Packed& packed, const float* codebook, int64_t group_rows, int8_t* table, float* scale, int32_t* row_sum,
                    const Parallel& parallel) {
   const int64_t rows = packed.rows, K = int64_t(1) << packed.bits, groups = ceil_div(rows, group_rows);
   std::vector<uint32_t> counts(rows * K);
@@ -112,11 +112,11 @@ void int8_codebook(const Packed& packed, const float* codebook, int64_t group_ro
       }
       for (int64_t r = g * group_rows; r < std::min(rows, (g + 1) * group_rows); ++r)
         for (int64_t k = 0; k < K; ++k) entries.members[k] += counts[r * K + k];
-      scale[g] = fit(entries, K, int8_limit(packed.bits), table + g * K);
+      scale[g] = fit(entries, K, kInt8Limit, table + g * K);
       for (int64_t r = g * group_rows; r < std::min(rows, (g + 1) * group_rows); ++r) {
         int64_t sum = 0;
         for (int64_t k = 0; k < K; ++k) sum += int64_t(counts[r * K + k]) * table[g * K + k];
-        offset[r] = int32_t(128 * sum);
+        row_sum[r] = int32_t(sum);
       }
     }
   });
