@@ -69,7 +69,8 @@ INT8_LIMIT = 127  # of the magnitudes in a table
 def int8_codebook(packed: Tensor, codebook: Tensor, cols: int, group_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """table (G, K) int8 and scale (G,) fp32 with codebook ~ scale * table, and row_sum (rows,) int32, of the table at the indices.
 
-    Of some scales tried, the one with the least squared error over the weights, which are counted.
+    Of some scales tried, the one with the least squared error over the weights, which are counted. Entries of at most a 4096th of
+    a codebook's weights that are at least twice as large as all others get 0: they are left to the outliers.
     """
     bits = codebook.shape[1].bit_length() - 1
     index = unpack(packed, bits, cols).long()
@@ -80,7 +81,13 @@ def int8_codebook(packed: Tensor, codebook: Tensor, cols: int, group_rows: int) 
     limit, c = INT8_LIMIT, codebook.double()
     finite = c.isfinite().all(1, keepdim=True)
     c = torch.where(finite, c, 0.0)
-    most = torch.where(members > 0, c.abs(), 0.0).amax(1, keepdim=True)  # [G, 1]
+    used = torch.where(members > 0, c.abs(), 0.0)
+    most = used.amax(1, keepdim=True)  # [G, 1]
+    beyond = ((used[:, None, :] >= used[:, :, None]) * members[:, None, :]).sum(2)  # weights that are as large or larger
+    rest = torch.where(beyond * 4096 <= members.sum(1, keepdim=True), 0.0, used).amax(1, keepdim=True)
+    left_out = (rest > 0) & (2 * rest <= most) & (c.abs() > rest)
+    most = torch.where(left_out.any(1, keepdim=True), rest, most)
+    members = torch.where(left_out, 0.0, members)
     table, best = torch.zeros_like(c), torch.full_like(most, -1.0)
     scale = torch.where(most > 0, most / limit, 0.0)
     candidates = min(max(1024 // codebook.shape[1], 8), 64)
@@ -88,6 +95,7 @@ def int8_codebook(packed: Tensor, codebook: Tensor, cols: int, group_rows: int) 
         t = (c * (limit * (1 - 0.5 * i / candidates)) / most.clamp_min(1e-300)).round().clamp(-limit, limit)
         product, square = ((members * x * t).sum(1, keepdim=True) for x in (c, t))
         explained = torch.where(square > 0, product.square() / square.clamp_min(1e-300), 0.0)
+        t = torch.where(left_out, 0.0, t)
         better = explained > best
         best = torch.where(better, explained, best)
         table = torch.where(better, t, table)

@@ -76,6 +76,19 @@ class IntegerForm(NamedTuple):
     outlier_delta: Tensor | None
 
 
+def _weights_at(layer: CodebookLinear, entries: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions (n,) int32, ascending, and values (n,) fp32 of the weights whose entry (G, K) of the codebook is marked."""
+    positions, values = [], []
+    for book in entries.any(1).nonzero().flatten().tolist():
+        begin, end = book * layer.group_rows, min((book + 1) * layer.group_rows, layer.rows)
+        index = ops.unpack(layer.packed[begin:end], layer.bits, layer.cols).long()
+        row, col = entries[book][index].nonzero(as_tuple=True)
+        value = layer.codebook[book].float()[index[row, col]]
+        positions.append((begin + row) * layer.cols + col)
+        values.append(value if layer.row_scale is None else value * layer.row_scale[begin + row].float())
+    return torch.cat(positions).int(), torch.cat(values)
+
+
 @torch.no_grad()
 def integer_form(layer: CodebookLinear) -> IntegerForm:
     """The weight of a layer in integers; its outliers as what is missing from the integers."""
@@ -83,13 +96,23 @@ def integer_form(layer: CodebookLinear) -> IntegerForm:
     factor = scale.repeat_interleave(layer.group_rows)[: layer.rows]
     if layer.row_scale is not None:
         factor = factor * layer.row_scale.float()
+    index, values = layer.outlier_index, layer.outlier_values
+    # What the table leaves out; a stored outlier stands above its codebook's entry.
+    left_out = (table == 0) & (layer.codebook.abs() > 64 * scale[:, None])
+    if left_out.any():
+        found, entries = _weights_at(layer, left_out)
+        if index is not None and values is not None:
+            new = ~torch.isin(found, index)
+            found, entries = torch.cat([index, found[new]]), torch.cat([values.float(), entries[new]])
+        index, order = found.sort()
+        values = entries[order]
     delta = None
-    if layer.outlier_index is not None and layer.outlier_values is not None:
-        row, col = layer.outlier_index.long().div(layer.cols, rounding_mode="floor"), layer.outlier_index.long() % layer.cols
+    if index is not None and values is not None:
+        row, col = index.long().div(layer.cols, rounding_mode="floor"), index.long() % layer.cols
         book = row.div(layer.group_rows, rounding_mode="floor")
         integers = table[book, packing.take(layer.packed, layer.bits, row, col)]
-        delta = layer.outlier_values.float() - integers * factor[row]
-    return IntegerForm(table, factor, row_sum, layer.outlier_index, delta)
+        delta = values.float() - integers * factor[row]
+    return IntegerForm(table, factor, row_sum, index, delta)
 
 
 _forms: weakref.WeakKeyDictionary[CodebookLinear, tuple[Watched, IntegerForm]] = weakref.WeakKeyDictionary()

@@ -34,6 +34,7 @@ void count_row(const Packed& packed, int64_t row, uint32_t* counts) {
 struct Entries {
   alignas(64) double value[256], members[256], rounded[256];
   int64_t count;
+  bool left_out;  // entries above the magnitude that leave_out returned
 };
 
 // Rounds the entries at a scale of 1 / inverse; returns sum n c t and sum n t^2 of the integers t.
@@ -65,15 +66,36 @@ void round_entries(Entries& e, double inverse, double limit, double& product, do
   round_plain(e, inverse, limit, product, square);
 }
 
+// The largest magnitude in use. Where entries of at most a 4096th of the weights are at least twice as large as all others, they
+// count as not in use: one step for all would leave the others few steps.
+double leave_out(Entries& e, int64_t K) {
+  int64_t order[256];
+  double total = 0, left = 0, most = 0;
+  for (int64_t k = 0; k < K; ++k) order[k] = k, total += e.members[k];
+  std::sort(order, order + K, [&](int64_t a, int64_t b) { return std::fabs(e.value[a]) > std::fabs(e.value[b]); });
+  e.left_out = false;
+  for (int64_t i = 0; i < K; ++i) {
+    const double members = e.members[order[i]], magnitude = std::fabs(e.value[order[i]]);
+    if (members == 0) continue;
+    if (most == 0) most = magnitude;
+    left += members;
+    if (left * 4096 <= total) continue;
+    if (2 * magnitude > most) return most;
+    e.left_out = true;
+    for (int64_t k = 0; k < K; ++k)
+      if (std::fabs(e.value[k]) > magnitude) e.members[k] = 0;
+    return magnitude;
+  }
+  return most;
+}
+
 // table and scale of one codebook. For each candidate scale the entries are rounded, and the scale is fitted again to the rounded
 // entries: of integers t, sum n c t / sum n t^2 has the least squared error.
 float fit(Entries& e, int64_t K, int limit, int8_t* table) {
   std::memset(table, 0, size_t(K));
-  double most = 0;
-  for (int64_t k = 0; k < K; ++k) {
+  for (int64_t k = 0; k < K; ++k)
     if (!std::isfinite(e.value[k])) return std::nanf("");
-    if (e.members[k] > 0) most = std::max(most, std::fabs(e.value[k]));
-  }
+  const double most = leave_out(e, K);
   if (most == 0) return 0;
   const int candidates = int(std::clamp<int64_t>(1024 / K, 8, 64));
   double best = -1, best_scale = most / limit;
@@ -87,7 +109,7 @@ float fit(Entries& e, int64_t K, int limit, int8_t* table) {
     if (explained <= best) continue;
     best = explained;
     best_scale = square > 0 ? product / square : 1 / inverse;
-    for (int64_t k = 0; k < K; ++k) table[k] = int8_t(e.rounded[k]);
+    for (int64_t k = 0; k < K; ++k) table[k] = std::fabs(e.value[k]) > most && e.left_out ? int8_t(0) : int8_t(e.rounded[k]);
   }
   return float(best_scale);
 }
