@@ -29,7 +29,7 @@ KMQ_PLAIN float weigh_plain(const Head& head, int64_t query, float* scores, int6
   float most = kNever;
   for (int64_t first = 0; first < head.tokens; first += depth) {
     float* const s = scores + first / depth * piece;
-    const int64_t count = first + depth < head.tokens ? depth : head.tokens - first, padded = (count + kSumLanes - 1) / kSumLanes * kSumLanes;
+    const int64_t count = first + depth < head.tokens ? depth : head.tokens - first, padded = round_up(count, kWidth);
     const int64_t* const place = head.place + first;
     if (head.bias) {
       const float* const bias = head.bias + head.reach - at;
@@ -40,12 +40,12 @@ KMQ_PLAIN float weigh_plain(const Head& head, int64_t query, float* scores, int6
     for (int64_t j = count; j < padded; ++j) s[j] = kNever;
     most = largest_of(s, padded, most);
   }
-  float lanes[kSumLanes] = {};
+  Floats sum{};
   for (int64_t first = 0; first < head.tokens; first += depth) {
     const int64_t count = first + depth < head.tokens ? depth : head.tokens - first;
-    exponentials(scores + first / depth * piece, (count + kSumLanes - 1) / kSumLanes * kSumLanes, most, lanes);
+    exponentials(scores + first / depth * piece, round_up(count, kWidth), most, sum);
   }
-  return sum_of_lanes(lanes);
+  return fold<Sum, float>(sum);
 }
 
 #ifdef KMQ_X86

@@ -1,76 +1,53 @@
-// What is done to single rows of an encoder's states: normalization, softmax, sums. Sums run in 16 lanes, in the same order on every
-// path; the compiler vectorizes them.
+// What is done to single rows of an encoder's states: normalization, softmax, sums; the same bits on every path.
 #pragma once
-#include <algorithm>
 #include <cmath>
 
 #include "activation.h"
 
 namespace kmq::cpu {
 
-constexpr int64_t kSumLanes = 16;
-
-KMQ_PLAIN float sum_of_lanes(const float* lanes) {
-  float total = 0;
-  for (int64_t l = 0; l < kSumLanes; ++l) total += lanes[l];
-  return total;
-}
-
 // to = (x + add) normalized; add may be null, `to` may be x.
 KMQ_PLAIN void normalize_plain(const float* x, const float* add, int64_t count, const Norm& norm, float* to) {
-  float lanes[kSumLanes] = {};
-  int64_t i = 0;
-  if (add) {
-    for (i = 0; i < count; ++i) to[i] = x[i] + add[i];
-  } else if (to != x) {
-    for (i = 0; i < count; ++i) to[i] = x[i];
+  Floats sum{};
+  for (int64_t i = 0; i < count; i += kWidth) {
+    Floats row = load_floats(x + i, count - i);
+    if (add) row += load_floats(add + i, count - i);
+    sum += row;
+    store_floats(to + i, row, count - i);
   }
   if (!norm.weight) return;
-  for (i = 0; i + kSumLanes <= count; i += kSumLanes)
-    for (int64_t l = 0; l < kSumLanes; ++l) lanes[l] += to[i + l];
-  for (int64_t l = 0; i + l < count; ++l) lanes[l] += to[i + l];
-  const float guess = sum_of_lanes(lanes) / float(count);
+  const float guess = fold<Sum, float>(sum) / float(count);
   // What the guess is off by, which a row of nearly equal numbers would show: its deviations are of that size.
-  float off[kSumLanes] = {};
-  for (int64_t l = 0; l < kSumLanes; ++l) lanes[l] = 0;
-  for (i = 0; i + kSumLanes <= count; i += kSumLanes)
-    for (int64_t l = 0; l < kSumLanes; ++l) {
-      const float d = to[i + l] - guess;
-      off[l] += d;
-      lanes[l] += d * d;
-    }
-  for (int64_t l = 0; i + l < count; ++l) {
-    const float d = to[i + l] - guess;
-    off[l] += d;
-    lanes[l] += d * d;
+  Floats off{}, squares{};
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const Floats d = load_floats(to + i, count - i, guess) - guess;
+    off += d;
+    squares += d * d;
   }
-  const float shift = sum_of_lanes(off) / float(count), mean = guess + shift;
-  const float variance = std::max(0.0f, sum_of_lanes(lanes) / float(count) - shift * shift);
+  const float shift = fold<Sum, float>(off) / float(count), mean = guess + shift;
+  const float unshifted = fold<Sum, float>(squares) / float(count) - shift * shift, variance = unshifted < 0.0f ? 0.0f : unshifted;
   const float factor = 1.0f / std::sqrt(variance + norm.eps);
-  if (norm.bias) {
-    for (i = 0; i < count; ++i) to[i] = (to[i] - mean) * factor * norm.weight[i] + norm.bias[i];
-  } else {
-    for (i = 0; i < count; ++i) to[i] = (to[i] - mean) * factor * norm.weight[i];
+  for (int64_t i = 0; i < count; i += kWidth) {
+    Floats y = (load_floats(to + i, count - i) - mean) * factor * load_floats(norm.weight + i, count - i);
+    if (norm.bias) y += load_floats(norm.bias + i, count - i);
+    store_floats(to + i, y, count - i);
   }
 }
 
 // The largest of count numbers (a multiple of 16), or `least`.
 KMQ_PLAIN float largest_of(const float* x, int64_t count, float least) {
-  float lanes[kSumLanes];
-  for (int64_t l = 0; l < kSumLanes; ++l) lanes[l] = least;
-  for (int64_t i = 0; i < count; i += kSumLanes)
-    for (int64_t l = 0; l < kSumLanes; ++l) lanes[l] = lanes[l] < x[i + l] ? x[i + l] : lanes[l];
-  for (int64_t l = 1; l < kSumLanes; ++l) lanes[0] = lanes[0] < lanes[l] ? lanes[l] : lanes[0];
-  return lanes[0];
+  Floats most = Floats{} + least;
+  for (int64_t i = 0; i < count; i += kWidth) most = Larger::of(load_floats(x + i), most);
+  return fold<Larger, float>(most);
 }
 
-// x = e^(x - most) for count numbers (a multiple of 16), added to 16 lanes.
-KMQ_PLAIN void exponentials(float* x, int64_t count, float most, float* lanes) {
-  for (int64_t i = 0; i < count; i += kSumLanes)
-    for (int64_t l = 0; l < kSumLanes; ++l) {
-      x[i + l] = exp_of(x[i + l] - most);
-      lanes[l] += x[i + l];
-    }
+// x = e^(x - most) for count numbers (a multiple of 16), added to `sum`.
+KMQ_PLAIN void exponentials(float* x, int64_t count, float most, Floats& sum) {
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const Floats y = exp_of(load_floats(x + i) - most);
+    store_floats(x + i, y);
+    sum += y;
+  }
 }
 
 inline void normalize_scalar(const float* x, const float* add, int64_t count, const Norm& norm, float* to) {

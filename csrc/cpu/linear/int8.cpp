@@ -181,8 +181,8 @@ struct Words {
   }
 
   static void tile(const Int8Input& input, int64_t m, int64_t rows, const int16_t* panel, int32_t* sums) {
-    const int16_t* const a = reinterpret_cast<const int16_t*>(input.data + m * input.stride());
-    const int64_t lda = input.stride() / 2;
+    const int16_t* const a = reinterpret_cast<const int16_t*>(input.data + m * input.stride);
+    const int64_t lda = input.stride / 2;
 #ifdef KMQ_X86
     if (avx2()) {
       const int64_t steps = ceil_div(input.cols, 2);
@@ -196,13 +196,25 @@ struct Words {
     tile_scalar(rows, input.cols, a, lda, panel, sums);
   }
 
-  KMQ_PLAIN static void finish_plain(float scale, const float* factor, const float* added, const float* bias, const int32_t* sums, float* out) {
-    for (int64_t r = 0; r < kRows; ++r) out[r] = float(sums[r]) * scale * factor[r] + added[r] + bias[r];
+  struct Rows {
+    alignas(64) float factor[kRows], bias[kRows];
+    int32_t row_sum[kRows];
+  };
+
+  KMQ_PLAIN static void finish_plain(const Int8Input& input, int64_t m, int64_t rows, const Rows& of, const float* added, const int32_t* sums,
+                                     float* out) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t r = 0; r < kRows; ++r) {
+        float y = float(sums[i * kRows + r]) * input.scale[m + i] * of.factor[r];
+        if (added) y += added[i * kRows + r];
+        out[i * kRows + r] = y + of.bias[r];
+      }
   }
 
 #ifdef KMQ_X86
-  KMQ_AVX2 static void finish_avx2(float scale, const float* factor, const float* added, const float* bias, const int32_t* sums, float* out) {
-    finish_plain(scale, factor, added, bias, sums, out);
+  KMQ_AVX2 static void finish_avx2(const Int8Input& input, int64_t m, int64_t rows, const Rows& of, const float* added, const int32_t* sums,
+                                   float* out) {
+    finish_plain(input, m, rows, of, added, sums, out);
   }
 
   template <typename T>
@@ -212,20 +224,25 @@ struct Words {
   }
 #endif
 
-  static void finish(const Int8Input& input, int64_t m, const int16_t*, const int32_t*, const float* factor, const float* added,
-                     const float* bias, const int32_t* sums, float* out) {
+  static void finish(const Int8Input& input, int64_t m, int64_t rows, const int16_t*, const Rows& of, const float* added, const int32_t* sums,
+                     float* out) {
 #ifdef KMQ_X86
-    if (avx2()) return finish_avx2(input.scale[m], factor, added, bias, sums, out);
+    if (avx2()) return finish_avx2(input, m, rows, of, added, sums, out);
 #endif
-    finish_plain(input.scale[m], factor, added, bias, sums, out);
+    finish_plain(input, m, rows, of, added, sums, out);
   }
 
   template <typename T>
-  static void store(const float* from, int64_t count, T* to) {
+  static void store(const float* from, int64_t rows, int64_t count, T* to, int64_t ld) {
+    for (int64_t i = 0; i < rows; ++i, from += kRows, to += ld) {
 #ifdef KMQ_X86
-    if (avx2() && count == kRows) return store_avx2(from, to);
+      if (avx2() && count == kRows) {
+        store_avx2(from, to);
+        continue;
+      }
 #endif
-    for (int64_t r = 0; r < count; ++r) narrow(from[r], to[r]);
+      for (int64_t r = 0; r < count; ++r) narrow(from[r], to[r]);
+    }
   }
 };
 
@@ -239,17 +256,19 @@ struct Bytes {
   }
 
   static void tile(const Int8Input& input, int64_t m, int64_t rows, const int8_t* panel, int32_t* sums) {
-    tile_vnni(rows, int8_padded(input.cols) / kInt8Group, input.data + m * input.stride(), input.stride(), panel, sums);
+    tile_vnni(rows, int8_padded(input.cols) / kInt8Group, input.data + m * input.stride, input.stride, panel, sums);
   }
 
-  static void finish(const Int8Input& input, int64_t m, const int8_t* panel, const int32_t* row_sum, const float* factor, const float* added,
-                     const float* bias, const int32_t* sums, float* out) {
-    finish_row_vnni(*input.tail(m), input.scale[m], panel, row_sum, factor, added, bias, sums, out);
+  using Rows = PanelRows;
+
+  static void finish(const Int8Input& input, int64_t m, int64_t rows, const int8_t* panel, const Rows& of, const float* added,
+                     const int32_t* sums, float* out) {
+    finish_vnni(input, m, rows, panel, of, added, sums, out);
   }
 
   template <typename T>
-  static void store(const float* from, int64_t count, T* to) {
-    store_row_vnni(from, count, to);
+  static void store(const float* from, int64_t rows, int64_t count, T* to, int64_t ld) {
+    store_vnni(from, rows, count, to, ld);
   }
 };
 #endif
@@ -262,21 +281,22 @@ void multiply_panel(const Int8Input& input, const V* values, const Int8Product<T
   if (begin >= end) return;
   const LinearWeight& weight = *product.weight;
   const int64_t rows = std::min<int64_t>(W, weight.packed.rows - row);
-  alignas(64) float factor[W] = {}, bias[W] = {}, added[Path::kTile][W] = {}, out[Path::kTile][W];
-  alignas(64) int32_t row_sum[W] = {}, sums[Path::kTile][W];
+  typename Path::Rows of{};
   for (int64_t r = 0; r < rows; ++r) {
-    factor[r] = weight.factor[row + r];
-    bias[r] = weight.bias ? weight.bias[row + r] : 0.0f;
-    row_sum[r] = weight.row_sum[row + r];
+    of.factor[r] = weight.factor[row + r];
+    of.bias[r] = weight.bias ? weight.bias[row + r] : 0.0f;
+    of.row_sum[r] = weight.row_sum[row + r];
   }
+  alignas(64) float added[Path::kTile][W], out[Path::kTile][W];
+  alignas(64) int32_t sums[Path::kTile][W];
   const int64_t tiles = ceil_div(end - begin, int64_t(Path::kTile)), most = ceil_div(end - begin, tiles);  // nearly equal ones
   for (int64_t m = begin, here; m < end; m += here) {
     here = std::min(most, end - m);
     Path::tile(input, m, here, panel, sums[0]);
     if (weight.outliers) int8_outliers<W>(weight, row, rows, values + m * input.cols, here, added);
-    for (int64_t i = 0; i < here; ++i) Path::finish(input, m + i, panel, row_sum, factor, added[i], bias, sums[i], out[i]);
+    Path::finish(input, m, here, panel, of, weight.outliers ? added[0] : nullptr, sums[0], out[0]);
     activate(product.activation, out[0], here * W);
-    for (int64_t i = 0; i < here; ++i) Path::store(out[i], rows, product.out + (m + i) * product.ld + row);
+    Path::store(out[0], here, rows, product.out + m * product.ld + row, product.ld);
   }
 }
 

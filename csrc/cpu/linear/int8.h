@@ -59,10 +59,9 @@ inline int64_t int8_stride(int64_t cols) {
 struct Int8Input {
   uint8_t* data;
   float* scale;
-  int64_t rows, cols;
+  int64_t rows, cols, stride = int8_stride(cols);
 
-  int64_t stride() const { return int8_stride(cols); }
-  Int8Tail* tail(int64_t m) const { return reinterpret_cast<Int8Tail*>(data + m * stride() + int8_padded(cols)); }
+  Int8Tail* tail(int64_t m) const { return reinterpret_cast<Int8Tail*>(data + m * stride + int8_padded(cols)); }
 };
 
 template <typename T>

@@ -172,32 +172,51 @@ inline void tile_vnni(int64_t rows, int64_t groups, const uint8_t* a, int64_t ld
   }
 }
 
-// Sums of bytes of a row become sums of its numbers, and those of the formula of int8.h.
-KMQ_VNNI inline void finish_row_vnni(const Int8Tail& tail, float scale, const int8_t* panel, const int32_t* row_sum, const float* factor,
-                                     const float* added, const float* bias, const int32_t* sums, float* out) {
-  const Int8Added* const list = tail.list();
+// What belongs to the rows of a panel.
+struct PanelRows {
+  alignas(64) float factor[kInt8RowsVnni], bias[kInt8RowsVnni];
+  alignas(64) int32_t row_sum[kInt8RowsVnni];
+};
+
+// Sums of the bytes of `rows` input rows become sums of their numbers, and those the formula of int8.h. added [rows][32] or null.
+KMQ_VNNI inline void finish_vnni(const Int8Input& input, int64_t m, int64_t rows, const int8_t* panel, const PanelRows& of, const float* added,
+                                 const int32_t* sums, float* out) {
 #pragma GCC unroll 2
   for (int v = 0; v < 2; ++v) {
     const int r = 16 * v;
-    __m512i above = _mm512_load_si512(sums + r), below = _mm512_setzero_si512();
+    const __m512i row_sum = _mm512_load_si512(of.row_sum + r);
+    const __m512 factor = _mm512_load_ps(of.factor + r), bias = _mm512_load_ps(of.bias + r);
+    const int8_t* const half = panel + 64 * v;
 #pragma GCC unroll 1
-    for (int32_t i = 0; i < tail.above; ++i)
-      above = _mm512_dpbusd_epi32(above, _mm512_set1_epi32(int32_t(list[i].bytes)), _mm512_load_si512(panel + list[i].group * 128 + 64 * v));
+    for (int64_t i = 0; i < rows; ++i) {
+      const Int8Tail& tail = *input.tail(m + i);
+      const Int8Added* at = tail.list();
+      __m512i total = _mm512_mullo_epi32(_mm512_set1_epi32(tail.least), row_sum);
+      total = _mm512_add_epi32(total, _mm512_load_si512(sums + 32 * i + r));
+      if (tail.above | tail.below) {
+        __m512i below = _mm512_setzero_si512();
 #pragma GCC unroll 1
-    for (int32_t i = tail.above; i < tail.above + tail.below; ++i)
-      below = _mm512_dpbusd_epi32(below, _mm512_set1_epi32(int32_t(list[i].bytes)), _mm512_load_si512(panel + list[i].group * 128 + 64 * v));
-    const __m512i moved = _mm512_mullo_epi32(_mm512_set1_epi32(tail.least), _mm512_load_si512(row_sum + r));
-    const __m512i total = _mm512_add_epi32(_mm512_sub_epi32(above, below), moved);
-    const __m512 product = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_set1_ps(scale)), _mm512_load_ps(factor + r));
-    _mm512_store_ps(out + r, _mm512_add_ps(_mm512_add_ps(product, _mm512_load_ps(added + r)), _mm512_load_ps(bias + r)));
+        for (const Int8Added* const end = at + tail.above; at != end; ++at)
+          total = _mm512_dpbusd_epi32(total, _mm512_set1_epi32(int32_t(at->bytes)), _mm512_load_si512(half + at->group * 128));
+#pragma GCC unroll 1
+        for (const Int8Added* const end = at + tail.below; at != end; ++at)
+          below = _mm512_dpbusd_epi32(below, _mm512_set1_epi32(int32_t(at->bytes)), _mm512_load_si512(half + at->group * 128));
+        total = _mm512_sub_epi32(total, below);
+      }
+      __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_set1_ps(input.scale[m + i])), factor);
+      if (added) y = _mm512_add_ps(y, _mm512_load_ps(added + 32 * i + r));
+      _mm512_store_ps(out + 32 * i + r, _mm512_add_ps(y, bias));
+    }
   }
 }
 
 template <typename T>
-KMQ_VNNI void store_row_vnni(const float* from, int64_t count, T* to) {
-#pragma GCC unroll 2
-  for (int v = 0; v < 2; ++v)
-    if (count > 16 * v) store16(to + 16 * v, _mm512_load_ps(from + 16 * v), first_lanes(count - 16 * v));
+KMQ_VNNI void store_vnni(const float* from, int64_t rows, int64_t count, T* to, int64_t ld) {
+  const __mmask16 low = first_lanes(count), high = first_lanes(std::max<int64_t>(0, count - 16));
+  for (int64_t i = 0; i < rows; ++i, from += 32, to += ld) {
+    store16(to, _mm512_load_ps(from), low);
+    if (high) store16(to + 16, _mm512_load_ps(from + 16), high);
+  }
 }
 
 }  // namespace kmq::cpu
