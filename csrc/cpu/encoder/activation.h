@@ -5,12 +5,11 @@
 
 namespace kmq::cpu {
 
-// e^x within 2 units in the last place; 0 below -87.3 (where it would be subnormal), e^88.3 above 88.3. Not for NaN.
+// e^x of numbers up to 88.3, within 2 units in the last place; 0 below -87.3, where it would be subnormal. Not for NaN.
 KMQ_PLAIN Floats exp_of(Floats x) {
-  const Floats most = Smaller::of(x, Floats{} + 88.3f);
-  const Floats shifted = most * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, in the low bits
+  const Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, in the low bits
   const Floats n = shifted - 12582912.0f;
-  const Floats r = (most - n * 0.693359375f) - n * -2.12194440e-4f;
+  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
@@ -38,7 +37,7 @@ KMQ_PLAIN Floats gelu_of(Floats x) {
 }
 
 // x / (1 + e^-y)
-KMQ_PLAIN Floats gated(Floats x, Floats y) { return x / (1.0f + exp_of(-y)); }
+KMQ_PLAIN Floats gated(Floats x, Floats y) { return x / (1.0f + exp_of(Smaller::of(-y, Floats{} + 88.3f))); }
 
 // values[0 .. count) = activation of them; NaN stays NaN.
 template <Activation activation>

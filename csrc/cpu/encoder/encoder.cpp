@@ -14,7 +14,7 @@
 namespace kmq::cpu {
 namespace {
 
-constexpr int64_t kShareTokens = 256;
+constexpr int64_t kShareTokens = 512;
 constexpr double kUneven = 1.15;  // the most that the busiest thread may have more than the mean
 constexpr int64_t kGrainFloats = 1 << 14;  // of a step that reads and writes its rows once, worth a thread
 

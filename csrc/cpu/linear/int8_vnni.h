@@ -181,31 +181,39 @@ struct PanelRows {
 // Sums of the bytes of `rows` input rows become sums of their numbers, and those the formula of int8.h. added [rows][32] or null.
 KMQ_VNNI inline void finish_vnni(const Int8Input& input, int64_t m, int64_t rows, const int8_t* panel, const PanelRows& of, const float* added,
                                  const int32_t* sums, float* out) {
-#pragma GCC unroll 2
-  for (int v = 0; v < 2; ++v) {
-    const int r = 16 * v;
-    const __m512i row_sum = _mm512_load_si512(of.row_sum + r);
-    const __m512 factor = _mm512_load_ps(of.factor + r), bias = _mm512_load_ps(of.bias + r);
-    const int8_t* const half = panel + 64 * v;
+  const __m512i row_sum[2] = {_mm512_load_si512(of.row_sum), _mm512_load_si512(of.row_sum + 16)};
+  const __m512 factor[2] = {_mm512_load_ps(of.factor), _mm512_load_ps(of.factor + 16)};
+  const __m512 bias[2] = {_mm512_load_ps(of.bias), _mm512_load_ps(of.bias + 16)};
 #pragma GCC unroll 1
-    for (int64_t i = 0; i < rows; ++i) {
-      const Int8Tail& tail = *input.tail(m + i);
-      const Int8Added* at = tail.list();
-      __m512i total = _mm512_mullo_epi32(_mm512_set1_epi32(tail.least), row_sum);
-      total = _mm512_add_epi32(total, _mm512_load_si512(sums + 32 * i + r));
-      if (tail.above | tail.below) {
-        __m512i below = _mm512_setzero_si512();
+  for (int64_t i = 0; i < rows; ++i, sums += 32, out += 32) {
+    const Int8Tail& tail = *input.tail(m + i);
+    const __m512i least = _mm512_set1_epi32(tail.least);
+    __m512i total[2] = {_mm512_add_epi32(_mm512_mullo_epi32(least, row_sum[0]), _mm512_load_si512(sums)),
+                        _mm512_add_epi32(_mm512_mullo_epi32(least, row_sum[1]), _mm512_load_si512(sums + 16))};
+    const Int8Added* at = tail.list();
 #pragma GCC unroll 1
-        for (const Int8Added* const end = at + tail.above; at != end; ++at)
-          total = _mm512_dpbusd_epi32(total, _mm512_set1_epi32(int32_t(at->bytes)), _mm512_load_si512(half + at->group * 128));
+    for (const Int8Added* const end = at + tail.above; at != end; ++at) {
+      const __m512i bytes = _mm512_set1_epi32(int32_t(at->bytes));
+      total[0] = _mm512_dpbusd_epi32(total[0], bytes, _mm512_load_si512(panel + at->group * 128));
+      total[1] = _mm512_dpbusd_epi32(total[1], bytes, _mm512_load_si512(panel + at->group * 128 + 64));
+    }
+    if (tail.below) {
+      __m512i below[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
 #pragma GCC unroll 1
-        for (const Int8Added* const end = at + tail.below; at != end; ++at)
-          below = _mm512_dpbusd_epi32(below, _mm512_set1_epi32(int32_t(at->bytes)), _mm512_load_si512(half + at->group * 128));
-        total = _mm512_sub_epi32(total, below);
+      for (const Int8Added* const end = at + tail.below; at != end; ++at) {
+        const __m512i bytes = _mm512_set1_epi32(int32_t(at->bytes));
+        below[0] = _mm512_dpbusd_epi32(below[0], bytes, _mm512_load_si512(panel + at->group * 128));
+        below[1] = _mm512_dpbusd_epi32(below[1], bytes, _mm512_load_si512(panel + at->group * 128 + 64));
       }
-      __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_set1_ps(input.scale[m + i])), factor);
-      if (added) y = _mm512_add_ps(y, _mm512_load_ps(added + 32 * i + r));
-      _mm512_store_ps(out + 32 * i + r, _mm512_add_ps(y, bias));
+      total[0] = _mm512_sub_epi32(total[0], below[0]);
+      total[1] = _mm512_sub_epi32(total[1], below[1]);
+    }
+    const __m512 scale = _mm512_set1_ps(input.scale[m + i]);
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total[v]), scale), factor[v]);
+      if (added) y = _mm512_add_ps(y, _mm512_load_ps(added + 32 * i + 16 * v));
+      _mm512_store_ps(out + 16 * v, _mm512_add_ps(y, bias[v]));
     }
   }
 }
