@@ -1,9 +1,9 @@
 """How a model is quantized: configuration, which weights, their bits, encoding; quantize_ and dequantize_."""
 
 from .allocation import BITS, BudgetError, by_eigenvalue, distortion_curves, least_error
-from .budget import check_budget
+from .budget import Budget, check_budget, find_budget
 from .config import PRESETS, QUANT_METHOD, KMQConfig, name_matches
-from .encoding import encode_weights, encoded_bytes
+from .encoding import encode_weights, encoded_bytes, encoded_shapes
 from .heads import classification_layers
 from .marking import described, mark_quantized
 from .plan import Plan, plan, refuse_unmatched, remarks
@@ -16,6 +16,7 @@ __all__ = [
     "BITS",
     "PRESETS",
     "QUANT_METHOD",
+    "Budget",
     "BudgetError",
     "KMQConfig",
     "ModelSize",
@@ -29,6 +30,8 @@ __all__ = [
     "distortion_curves",
     "encode_weights",
     "encoded_bytes",
+    "encoded_shapes",
+    "find_budget",
     "join_indices",
     "least_error",
     "mark_quantized",

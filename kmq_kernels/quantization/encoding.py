@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -29,13 +30,18 @@ class EncodedWeight(NamedTuple):
     error: float
 
 
+def encoded_shapes(rows: int, cols: int, bits: int, config: KMQConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the codebook and the packed indices of a weight (rows, cols) with `bits` bits, by name."""
+    codebooks = -(-rows // config.rows_per_codebook(rows))
+    return {"codebook": (codebooks, 2**bits), "packed": (rows, row_bytes(cols, bits))}
+
+
 def encoded_bytes(rows: int, cols: int, bits: int, config: KMQConfig, itemsize: int = 4) -> int:
     """Bytes of all that is stored of a weight (rows, cols) with `bits` bits; itemsize: bytes of a floating-point value."""
-    codebooks = -(-rows // config.rows_per_codebook(rows))
+    shapes = encoded_shapes(rows, cols, bits, config)
     scale = rows * itemsize if config.row_scale else 0
-    return (
-        rows * row_bytes(cols, bits) + codebooks * 2**bits * itemsize + scale + config.outlier_count(rows * cols) * (4 + itemsize)
-    )
+    exact = config.outlier_count(rows * cols) * (4 + itemsize)
+    return math.prod(shapes["packed"]) + math.prod(shapes["codebook"]) * itemsize + scale + exact
 
 
 def encode_weights(
