@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,7 +35,7 @@ from ..files import (
     stored_tensors,
 )
 from ..hf import kept_names, model_dtype
-from ..quantization import KMQConfig, plan, refuse_unmatched, remarks, swap
+from ..quantization import Budget, KMQConfig, Plan, encoded_shapes, find_budget, plan, refuse_unmatched, remarks, swap
 from .side_files import NOT_DOWNLOADED, files_left_out, side_files
 
 SHARD_BYTES = 256_000_000
@@ -88,6 +89,18 @@ class Unit(NamedTuple):
         """Bytes it takes in the output."""
         return sum(output.nbytes for output in self.outputs)
 
+    @property
+    def work(self) -> int:
+        """Bytes to read."""
+        return self.source.nbytes
+
+    def at_bits(self, bits: int, config: KMQConfig) -> Unit:
+        """The same with other bits."""
+        rows = next(output.shape[0] for output in self.outputs if output.name.endswith(".packed"))
+        shapes = encoded_shapes(rows, math.prod(self.source.shape) // max(rows, 1), bits, config)
+        outputs = (output._replace(shape=shapes.get(output.name.rpartition(".")[2], output.shape)) for output in self.outputs)
+        return self._replace(bits=bits, outputs=tuple(outputs))
+
 
 class Shard(NamedTuple):
     """A file of the output."""
@@ -116,7 +129,8 @@ class StreamPlan:
     """Everything about the output but its weights.
 
     left_out: tensors of the checkpoint that the model class does not have. files_left_out: files that are the whole model in
-    another format. remarks: what a warning of quantize_ would say.
+    another format. remarks: what a warning of quantize_ would say. budget: what is to decide before anything is written, from
+    the error of each weight at 1 to 8 bits; `at_bits` decides it.
     """
 
     source: Path
@@ -132,6 +146,8 @@ class StreamPlan:
     shard_bytes: int
     root: Path  # links of the source may lead anywhere below
     side_files: dict[str, str]  # SHA-256 of everything in the source that comes along, by its path in there
+    budget: Budget | None = None  # its parameters are names of units
+    undecided: StreamPlan | None = None  # the plan before its budget was decided
 
     @property
     def units(self) -> list[Unit]:
@@ -143,6 +159,8 @@ class StreamPlan:
 
         "layout" stands for what config.json and transformers' renamings make of the tensors.
         """
+        if self.undecided is not None:  # the bits follow from the values
+            return self.undecided.request(device)
         files: dict[str, list[str]] = {}
         for unit in self.units:
             files.setdefault(unit.source.file.name, []).append(repr(unit.source[1:]))
@@ -157,6 +175,28 @@ class StreamPlan:
             "source": {name: _digest("\n".join(sorted(tensors)).encode()) for name, tensors in sorted(files.items())},
             "layout": {"config.json": _digest("\n".join(layout).encode())},
         }
+
+    @property
+    def measured(self) -> list[Unit]:
+        """The units whose bits the budget leaves to decide, in its order."""
+        units = {unit.name: unit for unit in self.units}
+        return [units[name] for name in self.budget.parameters] if self.budget is not None else []
+
+    def at_bits(self, bits: Sequence[int]) -> StreamPlan:
+        """The plan with the bits of the `measured` units decided."""
+        assert self.budget is not None
+        found = dict(zip(self.budget.parameters, bits, strict=True))
+        units = [unit.at_bits(found[unit.name], self.config) if unit.name in found else unit for unit in self.units]
+        content = json.loads(self.config_json)
+        resolved = self.budget.resolved(KMQConfig.from_dict(content["quantization_config"]), bits)
+        content["quantization_config"] = resolved.to_dict()
+        return dataclasses.replace(
+            self,
+            shards=_shards(units, self.shard_bytes),
+            config_json=json.dumps(content, indent=2, sort_keys=True) + "\n",
+            budget=None,
+            undecided=self,
+        )
 
 
 def _digest(content: bytes) -> str:
@@ -214,12 +254,16 @@ def make_plan(
 
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes: expected at least 1, got {shard_bytes}")
-    if config.has_budget or config.needs_fisher:
-        raise ValueError("allocation: a stream knows no sensitivities and no whole model; expected bits or module_bits")
+    if config.needs_fisher or config.allocation == "hessian":
+        weighs = config.allocation in ("uniform", "distortion")
+        argument, value = ("weighting", config.weighting) if weighs else ("allocation", config.allocation)
+        raise ValueError(
+            f"{argument}: {value!r} needs data, which a checkpoint does not bring; `kmq run MODEL --task TASK` takes it"
+        )
     if source.is_dir():
         files_below(source, root)
     stored = stored_tensors(source)
-    beside = side_files(source, root or source)
+    files = side_files(source, root or source)
     dtype = model_dtype(source, stored)
     model, sources, left_out = models.build_model(source, stored, model_class, dtype)
     kept = kept_names(model)
@@ -232,7 +276,17 @@ def make_plan(
             " load the model and use quantize_, or skip the layer"
         )
     refuse_unmatched(chosen, config, type(model).__name__)
-    said = tuple(remarks(model, chosen))
+    said = remarks(model, chosen)
+    resolved, budget = config, None
+    if config.has_budget:
+        parts = 2 + config.row_scale + 2 * (config.outlier_fraction > 0)
+        matrices = {weight.parameter for weight in chosen.quantized}
+        beside = _beside(config.size or 0, shard_bytes, {n: parts if n in matrices else 1 for n in model.state_dict()})
+        budget = find_budget(model, config, chosen.quantized, beside)
+        budget = dataclasses.replace(budget, parameters=tuple(kept[name] for name in budget.parameters))
+        if config.allocation == "uniform" or not budget.parameters:
+            resolved = _uniform(budget, chosen, config, said)
+            budget = None
     weights = {kept[weight.parameter]: weight for weight in chosen.quantized}
     dense = model.state_dict(keep_vars=True)
     modules = swap(model, chosen.quantized, config)
@@ -255,8 +309,8 @@ def make_plan(
         dtype_of_model, group_rows = dense[name].dtype, module.group_rows
         units.append(Unit(name, tensor, dtype_of_model, weight.bits, group_rows, weight.transposed, outputs))
     units.sort(key=lambda unit: _natural(unit.outputs[0].name))
-    resolved = dataclasses.replace(config, skip=chosen.left)
-    if file_record(source / "config.json")["sha256"] != beside["config.json"]:
+    resolved = dataclasses.replace(resolved, skip=chosen.left)
+    if file_record(source / "config.json")["sha256"] != files["config.json"]:
         raise CheckpointError(f"{source / 'config.json'}: it changed while it was read; give the same command again")
     return StreamPlan(
         source=source,
@@ -265,14 +319,40 @@ def make_plan(
         shards=_shards(units, shard_bytes),
         left_out=tuple(left_out),
         files_left_out=tuple(files_left_out(source, root or source)),
-        remarks=said,
+        remarks=tuple(said),
         config=config,
         config_json=models.config_json(model, resolved, dtype),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         shard_bytes=shard_bytes,
         root=root or source,
-        side_files=beside,
+        side_files=files,
+        budget=budget,
     )
+
+
+def _uniform(budget: Budget, chosen: Plan, config: KMQConfig, said: list[str]) -> KMQConfig:
+    """Gives all weights that may get any bits the same, as many as the budget allows; the config that says so."""
+    free = [weight for weight in chosen.quantized if not weight.given]
+    if not free:
+        return config
+    bits = budget.uniform()
+    for weight, found in zip(free, bits, strict=True):
+        weight.bits = found
+    if (sentence := budget.unused(config, bits)) is not None:
+        said.append(sentence)
+    return budget.resolved(config, bits)
+
+
+def _beside(size: int, shard_bytes: int, parts: dict[str, int]) -> int:
+    """Bytes that files of `size` bytes together take at most beside tensors and one header: further headers, and the index.
+
+    parts: how many tensors of the output a tensor of the model becomes, by name.
+    """
+    if size <= shard_bytes:  # then it is one file
+        return 0
+    files = 2 * size // shard_bytes + 1  # two that follow one another hold more than `shard_bytes`
+    entry = len('    "": "-00001-of-00001.safetensors",\n') + len(WEIGHTS) + 8
+    return 64 * files + 256 + sum(count * (len(name) + len("outlier_values") + entry) for name, count in parts.items())
 
 
 def _natural(name: str) -> list[tuple[Any, ...]]:

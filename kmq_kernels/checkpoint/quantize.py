@@ -1,16 +1,11 @@
 """Checkpoints of any size, quantized as a stream: safetensors in, safetensors out, one tensor in memory at a time.
 
-Each shard of the output (see plan.py) is made from the tensors it needs (see stream.py): mapped, clustered,
-written. An unfinished output folder holds, beside the shards that are complete,
-
-    OUT/.kmq/request.json        what was asked for; another request on the same folder is refused
-    OUT/.kmq/*.partial           files being written; they are synced, then get their name
-    OUT/.kmq/SHARD.json          its size, its SHA-256 and those of the tensors it was made from, there before it has its name
-
-so a run that was killed goes on after the last finished shard, if the source still holds what the finished ones were made from;
-another source is refused. config.json comes when every shard is verified, then the manifest with all checksums, of the source
-and of the output, then .kmq goes. The same command on a finished output compares both: other weights are refused; where only
-files beside the weights changed (configuration, tokenizer, card), these are made again.
+Each shard of the output (see plan.py) is made from the tensors it needs (see stream.py): mapped, clustered, written. Where bits
+are to be found for a budget, a first pass measures every weight (see curves.py), and the plan is decided by what it found. A run
+that was killed goes on after the last finished shard, or weight, if the source still holds what the finished ones were made from
+(see folder.py); another source is refused. config.json comes when every shard is verified, then the manifest with all checksums,
+of the source and of the output, then .kmq goes. The same command on a finished output compares both: other weights are refused;
+where only files beside the weights changed (configuration, tokenizer, card), these are made again.
 
 The ranks of a torchrun job take whole shards, the most work first, and the files
 are the same for any number of ranks.
@@ -18,6 +13,7 @@ are the same for any number of ranks.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -29,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 
@@ -41,18 +37,19 @@ from ..files import (
     DamagedError,
     check_files,
     file_record,
-    locked,
     manifest_digest,
     open_regular,
-    read_json,
     read_manifest,
     sync,
 )
 from ..hf import MODEL_CARD
+from .curves import CURVES, Curve, curves_json, measure
+from .folder import Folder, record
 from .plan import Shard, StreamPlan, Unit
 from .ranks import Ranks
-from .stream import STATE, OutputError, Stream, Times, output_errors, tensor_digests, write_file
-from .verify import manifest_source
+from .stream import STATE, Stream, Times, output_errors, tensor_digests, write_file
+
+Work = TypeVar("Work", Shard, Unit)
 
 
 @dataclasses.dataclass
@@ -78,9 +75,13 @@ class Summary:
     bytes_after: int
     shards: int
     shards_made: int
+    file_bytes: int  # of all files of weights, with their headers and the index
+    size: int | None  # the budget that they meet
+    module_bits: dict[int, int]  # how many weights have so many bits
     side_files_made: bool  # whether the files beside the weights were written by this run
     read_bytes: int
     clustered_weights: int
+    measured_weights: int  # in the first pass, for a budget
     times: Times
     peak_bytes: int  # of resident memory since the process began
 
@@ -120,49 +121,118 @@ def quantize_checkpoint(
     same = len({json.dumps(other) for other in ranks.gather((wanted, plan.side_files))}) == 1
     ranks.agree(same, lambda: CheckpointError(f"{plan.source}: the ranks do not see the same checkpoint, options and version"))
     with contextlib.ExitStack() as stack:
-        done, known = ranks.lead(lambda: _prepare(stack, plan, out, wanted))
-        _check_source(plan, out, known, ranks)
+        folder: Folder | None = None
+
+        def lead() -> Folder:
+            nonlocal folder
+            folder = folder or Folder(stack, plan, out, wanted)
+            return folder
+
+        progress = _Reading(plan, ranks, on_progress)
+        curves, read, measured = _measure(plan, out, device, ranks, lead, progress)
+        took = time.perf_counter() - start
+        settled = plan if plan.budget is None else plan.at_bits(plan.budget.least_error([c.errors for c in curves.values()]))
+        done, known = ranks.lead(lambda: lead().claim(settled))
+        known.update((unit.source.name, curves[unit.name].source) for unit in plan.measured)
+        _check_source(plan, out, {name: digest for name, digest in known.items() if name not in read}, ranks)
         shared = all(ranks.gather((out / MANIFEST).is_file() if done is None else (out / STATE).is_dir()))
         ranks.agree(shared, lambda: CheckpointError(f"{out}: not the same folder for all ranks; they must share a file system"))
-        todo = [] if done is None else [shard for shard in plan.shards if shard.name not in done]
+        todo = [] if done is None else [shard for shard in settled.shards if shard.name not in done]
         mine = _share(todo, ranks.size)[ranks.rank]
-        progress = Progress(sum(shard.work for shard in plan.shards))
-        progress.done = progress.resumed = progress.total - sum(shard.work for shard in todo)
-
-        def on_batch(shard: Shard, batch: list[Unit]) -> None:
-            ranks.check()
-            read = ranks.add("read", sum(unit.source.nbytes for unit in batch))
-            progress.done = progress.resumed + read if ranks.size > 1 else progress.done + read
-            progress.tensor, progress.shard = batch[-1].name, shard.name
-            if on_progress is not None and ranks.rank == 0:
-                on_progress(progress)
-
-        stream = Stream(out, plan, device, on_batch, known)
+        progress.begin(sum(shard.work for shard in settled.shards) - sum(shard.work for shard in todo))
+        stream = Stream(out, settled, device, lambda shard, batch: progress.add(batch, shard.name), known)
         if todo:
             with output_errors(out):
                 stream.run(mine)
             ranks.gather(None)
-        _check_output(plan, out, ranks)
-        ranks.lead(lambda: _publish(plan, out, wanted) if done is not None else None)
+        _check_output(settled, out, ranks)
+        ranks.lead(lambda: _publish(settled, out, wanted, curves) if done is not None else None)
     ranks.gather(None)
+    stream.times.measure = took if measured else 0.0
     stream.times.total = time.perf_counter() - start
-    quantized = [unit for unit in plan.units if unit.bits is not None]
+    quantized = [unit for unit in settled.units if unit.bits is not None]
     made = {unit.name for shard in mine for unit in shard.units}
+    files = [*(shard.name for shard in settled.shards), *([INDEX] if len(settled.shards) > 1 else [])]
     return Summary(
         out=str(out),
         model_class=plan.model_class,
-        weights=sum(math.prod(unit.source.shape) for unit in plan.units),
-        quantized_weights=sum(math.prod(unit.source.shape) for unit in quantized),
-        bytes_before=progress.total,
-        bytes_after=sum(shard.nbytes for shard in plan.shards),
-        shards=len(plan.shards),
+        weights=_count(settled.units),
+        quantized_weights=_count(quantized),
+        bytes_before=sum(shard.work for shard in plan.shards),
+        bytes_after=sum(shard.nbytes for shard in settled.shards),
+        shards=len(settled.shards),
         shards_made=len(mine),
+        file_bytes=sum((out / name).stat().st_size for name in files),
+        size=plan.config.size,
+        module_bits=dict(sorted(collections.Counter(unit.bits or 0 for unit in quantized).items())),
         side_files_made=done is not None,
-        read_bytes=sum(shard.work for shard in mine),
-        clustered_weights=sum(math.prod(unit.source.shape) for unit in quantized if unit.name in made),
+        read_bytes=sum(shard.work for shard in mine) + sum(unit.source.nbytes for unit in measured),
+        clustered_weights=_count([unit for unit in quantized if unit.name in made]),
+        measured_weights=_count(measured),
         times=stream.times,
         peak_bytes=_peak_bytes(),
     )
+
+
+def decide(plan: StreamPlan, device: str = "cpu") -> StreamPlan:
+    """A plan with its bits decided: the first pass, noted nowhere. For who only wants to know what would be made."""
+    if plan.budget is None:
+        return plan
+    curves = measure(plan, plan.measured, None, device, {}, lambda batch: None)
+    return plan.at_bits(plan.budget.least_error([curves[unit.name].errors for unit in plan.measured]))
+
+
+def _count(units: Iterable[Unit]) -> int:
+    """Weights of units."""
+    return sum(math.prod(unit.source.shape) for unit in units)
+
+
+class _Reading:
+    """How far all ranks are, told to rank 0's `on_progress`."""
+
+    def __init__(self, plan: StreamPlan, ranks: Ranks, on_progress: Callable[[Progress], None] | None) -> None:
+        work = sum(shard.work for shard in plan.shards)
+        self._progress = Progress(work + sum(unit.source.nbytes for unit in plan.measured))
+        self._ranks, self._on_progress, self._read = ranks, on_progress, 0
+
+    def begin(self, resumed: int) -> None:
+        """A pass begins, of which an earlier run did so many bytes."""
+        self._progress.resumed += resumed
+        self._progress.done = self._progress.resumed + self._read
+
+    def add(self, batch: list[Unit], shard: str = "") -> None:
+        """These units are read and worked on; raises RankDied where another rank is known to be gone."""
+        self._ranks.check()
+        count = sum(unit.source.nbytes for unit in batch)
+        total = self._ranks.add("read", count)
+        self._read = total if self._ranks.size > 1 else self._read + count
+        self._progress.done = self._progress.resumed + self._read
+        self._progress.tensor, self._progress.shard = batch[-1].name, shard
+        if self._on_progress is not None and self._ranks.rank == 0:
+            self._on_progress(self._progress)
+
+
+def _measure(
+    plan: StreamPlan, out: Path, device: str, ranks: Ranks, lead: Callable[[], Folder], progress: _Reading
+) -> tuple[dict[str, Curve], set[str], list[Unit]]:
+    """The first pass: the curve of each unit that the budget decides about, in its order; names of tensors that a rank has read;
+    the units that this rank measured."""
+    if plan.budget is None:
+        return {}, set(), []
+    known = ranks.lead(lambda: lead().curves(plan))
+    todo = [unit for unit in plan.measured if unit.name not in known]
+    if not todo:
+        progress.begin(sum(unit.source.nbytes for unit in plan.measured))
+        return {unit.name: known[unit.name] for unit in plan.measured}, set(), []
+    digests = {unit.source.name: known[unit.name].source for unit in plan.measured if unit.name in known}
+    _check_source(plan, out, digests, ranks)
+    progress.begin(sum(unit.source.nbytes for unit in plan.measured) - sum(unit.source.nbytes for unit in todo))
+    shared = all(ranks.gather((out / STATE).is_dir()))
+    ranks.agree(shared, lambda: CheckpointError(f"{out}: not the same folder for all ranks; they must share a file system"))
+    mine = _share(todo, ranks.size)[ranks.rank]
+    for part in ranks.gather(measure(plan, mine, out / STATE, device, digests, progress.add)):
+        known.update(part)
+    return {unit.name: known[unit.name] for unit in plan.measured}, {unit.source.name for unit in plan.measured}, mine
 
 
 def _peak_bytes() -> int:
@@ -171,88 +241,15 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _share(shards: list[Shard], ranks: int) -> list[list[Shard]]:
-    """Shards for each rank: the largest first, each to the rank with the least work."""
-    parts: list[list[Shard]] = [[] for _ in range(ranks)]
+def _share(parts: list[Work], ranks: int) -> list[list[Work]]:
+    """Shards or units for each rank: the largest first, each to the rank with the least work."""
+    shares: list[list[Work]] = [[] for _ in range(ranks)]
     load = [0] * ranks
-    for shard in sorted(shards, key=lambda shard: (-shard.work, shard.name)):
+    for part in sorted(parts, key=lambda part: (-part.work, part.name)):
         rank = load.index(min(load))
-        parts[rank].append(shard)
-        load[rank] += shard.work
-    return [sorted(part, key=lambda shard: shard.name) for part in parts]
-
-
-class _Claim(NamedTuple):
-    """What an output folder has already: the names of its shards, None where it is complete; and the SHA-256 of the tensors that
-    they (also one that is missing now) were made from, by name."""
-
-    done: list[str] | None
-    known: dict[str, str]
-
-
-def _prepare(stack: contextlib.ExitStack, plan: StreamPlan, out: Path, wanted: dict[str, Any]) -> _Claim:
-    """Claims the output folder."""
-    source = plan.source.resolve()
-    if out.resolve() == source or out.resolve().is_relative_to(source) or source.is_relative_to(out.resolve()):
-        raise CheckpointError(f"{out}: the output and {plan.source} lie in one another; choose another folder")
-    state = out / STATE
-    manifest: dict[str, Any] | None = None
-    if (out / MANIFEST).is_file():
-        manifest = read_manifest(out)
-        _same_request(out, manifest.get("request"), wanted)
-        if not state.exists() and _is_complete(plan, out, manifest):
-            return _Claim(None, manifest_source(out, manifest)["tensors"])
-    elif not state.is_dir() and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: it exists and is no unfinished output; choose another folder or remove it")
-    with output_errors(out):
-        state.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(state / "lock", lambda: CheckpointError(f"{out}: another run is writing it")))
-        if manifest is not None and _is_complete(plan, out, manifest):
-            shutil.rmtree(state)  # what a run left that was killed at its very end
-            return _Claim(None, manifest_source(out, manifest)["tensors"])
-        if (state / "request.json").is_file():
-            _same_request(out, read_json(state / "request.json"), wanted)
-        else:
-            write_file(state / "request.json", json.dumps(wanted).encode(), state)
-        if manifest is not None:
-            _reopen(plan, out, manifest)
-        done: list[str] = []
-        known: dict[str, str] = {}
-        for shard in plan.shards:
-            record = _record(out, shard)
-            if record is None:
-                continue
-            known.update(record["source"])
-            if _is_there(out / shard.name, record):
-                done.append(shard.name)
-        for partial in state.glob("*.partial"):
-            partial.unlink()
-        needed = sum(shard.nbytes for shard in plan.shards if shard.name not in done)
-        free = shutil.disk_usage(out).free
-        if needed > free:
-            raise OutputError(f"{out}: the output needs {needed / 1e6:,.0f} MB more, the disk has {free / 1e6:,.0f} MB free")
-    return _Claim(done, known)
-
-
-def _is_complete(plan: StreamPlan, out: Path, manifest: dict[str, Any]) -> bool:
-    """Whether every file is there, made from files beside the weights that are still the same."""
-    same = manifest_source(out, manifest)["files"] == plan.side_files
-    return same and all(_is_there(out / name, record) for name, record in manifest["files"].items())
-
-
-def _reopen(plan: StreamPlan, out: Path, manifest: dict[str, Any]) -> None:
-    """Makes a finished output an unfinished one that has its shards: the files beside them are to be made again."""
-    files, tensors = manifest["files"], manifest_source(out, manifest)["tensors"]
-    shards = {shard.name: shard for shard in plan.shards}
-    beside = [name for name in files if name not in shards]
-    if wrong := check_files(out, {name: files[name] for name in beside if (out / name).exists()}):
-        raise DamagedError(f"{out}: {wrong[0]}; remove that file and give the same command again")
-    for name, shard in shards.items():
-        record = {**files[name], "source": {unit.source.name: tensors[unit.source.name] for unit in shard.units}}
-        write_file(out / STATE / f"{name}.json", json.dumps(record).encode(), out / STATE)
-    for name in sorted(beside, key="config.json".__ne__):  # config.json goes first: nobody loads a mixture
-        (out / name).unlink(missing_ok=True)
-    (out / MANIFEST).unlink()
+        shares[rank].append(part)
+        load[rank] += part.work
+    return [sorted(share, key=lambda part: part.name) for share in shares]
 
 
 def _check_source(plan: StreamPlan, out: Path, known: dict[str, str], ranks: Ranks) -> None:
@@ -269,45 +266,10 @@ def _check_source(plan: StreamPlan, out: Path, known: dict[str, str], ranks: Ran
     ranks.agree(not other, refusal)
 
 
-def _same_request(out: Path, found: Any, wanted: dict[str, Any]) -> None:
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{out}: what it was made with cannot be read; choose another folder or remove it")
-
-    def flat(request: dict[str, Any]) -> dict[str, Any]:
-        groups = ("quantization", "source", "layout")
-        return {**request, **{f"{g} of {k}": v for g in groups for k, v in (request.get(g) or {}).items()}}
-
-    mine, theirs = flat(json.loads(json.dumps(wanted))), flat(found)
-    names = [name for name in {**theirs, **mine} if not isinstance(mine.get(name), dict)]
-    for name in names:
-        if mine.get(name) == theirs.get(name):
-            continue
-        kind, _, what = name.rpartition(" of ")
-        if kind == "layout":
-            what = "config.json, or with another transformers,"
-        if kind in ("source", "layout"):
-            raise CheckpointError(f"{out}: it was begun from another {what} than this; choose another folder or remove it")
-        given = f"{what} {theirs.get(name)!r}, this asks for {mine.get(name)!r}"
-        raise CheckpointError(f"{out}: it was begun with {given}; choose another folder or remove it")
-
-
-def _record(out: Path, shard: Shard) -> dict[str, Any] | None:
-    """What was noted when a shard was finished: its size, its SHA-256, and those of the tensors it was made from."""
-    path = out / STATE / f"{shard.name}.json"
-    record = read_json(path) if path.is_file() else None
-    if not isinstance(record, dict) or set(record) != {"bytes", "sha256", "source"} or not isinstance(record["source"], dict):
-        return None
-    return record if set(record["source"]) == {unit.source.name for unit in shard.units} else None
-
-
-def _is_there(path: Path, record: dict[str, Any]) -> bool:
-    return path.is_file() and not path.is_symlink() and path.stat().st_size == record["bytes"]
-
-
 def _check_output(plan: StreamPlan, out: Path, ranks: Ranks) -> None:
     """Reads every shard once more, of a complete output every file; each rank its part."""
     if (out / STATE).exists():
-        records = {shard.name: _record(out, shard) or {} for shard in plan.shards}
+        records = {shard.name: record(out, shard) or {} for shard in plan.shards}
     else:
         records = read_manifest(out)["files"]
     mine = dict(list(records.items())[ranks.rank :: ranks.size])
@@ -316,18 +278,18 @@ def _check_output(plan: StreamPlan, out: Path, ranks: Ranks) -> None:
     ranks.agree(not wrong, lambda: DamagedError(f"{out}: {wrong[0]}; {repair}"))
 
 
-def _publish(plan: StreamPlan, out: Path, wanted: dict[str, Any]) -> None:
+def _publish(plan: StreamPlan, out: Path, wanted: dict[str, Any], curves: dict[str, Curve]) -> None:
     """Everything but the shards, config.json after the rest, then the manifest; the state goes last."""
     state = out / STATE
     files: dict[str, dict[str, Any]] = {}
     tensors: dict[str, str] = {}
     with output_errors(out):
         for shard in plan.shards:
-            record = _record(out, shard)
-            assert record is not None, shard.name
-            files[shard.name] = {"bytes": record["bytes"], "sha256": record["sha256"]}
-            tensors.update(record["source"])
-        for path, content in _side_files(plan):
+            noted = record(out, shard)
+            assert noted is not None, shard.name
+            files[shard.name] = {"bytes": noted["bytes"], "sha256": noted["sha256"]}
+            tensors.update(noted["source"])
+        for path, content in _side_files(plan, curves):
             target = out / path
             target.parent.mkdir(parents=True, exist_ok=True)
             write_file(target, content, state)
@@ -340,9 +302,9 @@ def _publish(plan: StreamPlan, out: Path, wanted: dict[str, Any]) -> None:
         sync(out)
 
 
-def _side_files(plan: StreamPlan) -> Iterator[tuple[Path, bytes | Iterable[bytes]]]:
+def _side_files(plan: StreamPlan, curves: dict[str, Curve]) -> Iterator[tuple[Path, bytes | Iterable[bytes]]]:
     """Path and content of each file beside the shards."""
-    own = {"config.json", "README.md", MANIFEST}
+    own = {"config.json", "README.md", MANIFEST, CURVES}
     for name in plan.side_files:
         if name not in own:
             yield Path(name), _content(plan, name)
@@ -352,6 +314,8 @@ def _side_files(plan: StreamPlan) -> Iterator[tuple[Path, bytes | Iterable[bytes
         total = sum(shard.nbytes for shard in plan.shards)
         index = {"metadata": {"total_parameters": plan.parameters, "total_size": total}, "weight_map": weight_map}
         yield Path(INDEX), (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    if curves:
+        yield Path(CURVES), curves_json(plan, curves).encode()
     yield Path("config.json"), plan.config_json.encode()
 
 

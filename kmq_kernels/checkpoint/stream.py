@@ -15,7 +15,7 @@ import mmap
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,7 +52,7 @@ class OutputError(OSError):
 # Reading
 
 
-class _Ahead:
+class Ahead:
     """Reads tensors into the page cache, where `_read` finds them, and leaves the cache as it was.
 
     What was not there before goes when it has been used: the cache is for those who come back to what they read, and its pages
@@ -115,7 +115,7 @@ def tensor_digests(tensors: Iterable[StoredTensor]) -> dict[str, str]:
         ahead.drop([tensor])
         return found
 
-    ahead = _Ahead()
+    ahead = Ahead()
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         return {name: value for found in pool.map(digest, tensors) for name, value in found.items()}
 
@@ -156,6 +156,21 @@ def _read(tensor: StoredTensor) -> Tensor:
     if flat.data_ptr() % tensor.torch_dtype.itemsize:
         flat = flat.clone()
     return flat.view(tensor.torch_dtype).view(tensor.shape)
+
+
+def read_batch(batch: Iterable[Unit], digests: dict[str, str], known: dict[str, str]) -> list[Tensor]:
+    """The tensors of units, mapped. digests: their SHA-256 as they were read ahead, by name; known: what these must be.
+
+    Raises CheckpointError where one cannot be read or is another one.
+    """
+    tensors = [_read(unit.source) for unit in batch]
+    for unit in batch:
+        file, name = unit.source.file, unit.source.name
+        if name not in digests:
+            raise CheckpointError(f"{file}: {name} cannot be read")
+        if digests[name] != known.get(name, digests[name]):
+            raise CheckpointError(f"{file}: {name} changed while it was read; give the same command again")
+    return tensors
 
 
 def _populate(address: int, count: int) -> None:
@@ -271,15 +286,22 @@ def _discard(file: Future[_ShardFile]) -> None:
 
 @dataclasses.dataclass
 class Times:
-    """Seconds: waiting for the disk to read, clustering, and in the thread that writes; `total` on the clock."""
+    """Seconds: the pass that measures, then waiting for the disk to read, clustering, and in the thread that writes; `total` on
+    the clock."""
 
+    measure: float = 0.0
     read: float = 0.0
     cluster: float = 0.0
     write: float = 0.0
     total: float = 0.0
 
 
-def _batches(units: Iterable[Unit], most: int) -> Iterator[list[Unit]]:
+def batch_bytes(units: Sequence[Unit]) -> int:
+    """Most bytes of the source that are read and clustered together."""
+    return min(max(_LEAST_BATCH, *(unit.source.nbytes for unit in units)), _LARGEST_BATCH)
+
+
+def batches(units: Iterable[Unit], most: int) -> Iterator[list[Unit]]:
     """Units that are read and clustered together, `most` bytes or one of them, in the order in which they stand on the disk."""
     batch: list[Unit] = []
     size = 0
@@ -306,18 +328,17 @@ class Stream:
     ) -> None:
         """known: the SHA-256 that tensors must have, by name."""
         self.out, self.config, self.device, self._on_batch, self._known = out, plan.config, device, on_batch, known
-        largest = max(unit.source.nbytes for unit in plan.units)
-        self._batch_bytes = min(max(largest, _LEAST_BATCH), _LARGEST_BATCH)
+        self._batch_bytes = batch_bytes(plan.units)
         self.times = Times()
         self._pending: list[tuple[Future[Any], int]] = []  # writes, and the bytes each keeps in memory
 
     def run(self, shards: list[Shard]) -> None:
         """Makes the shards one after the other."""
-        work = [(shard, batch) for shard in shards for batch in _batches(shard.units, self._batch_bytes)]
+        work = [(shard, batch) for shard in shards for batch in batches(shard.units, self._batch_bytes)]
         sizes = [sum(unit.source.nbytes for unit in batch) for _, batch in work]
         results = [sum(unit.nbytes for unit in batch) for _, batch in work]
         most = max((size + result for size, result in zip(sizes, results, strict=True)), default=0) + _PENDING_BYTES
-        ahead, ready = _Ahead(), list[Future[dict[str, str]]]()
+        ahead, ready = Ahead(), list[Future[dict[str, str]]]()
         file: Future[_ShardFile] | None = None
         with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as reader:
             try:
@@ -366,13 +387,7 @@ class Stream:
         """What the tensors of a batch become, and the SHA-256 of each."""
         start = time.perf_counter()
         digests = ready.result()
-        tensors = [_read(unit.source) for unit in batch]
-        for unit in batch:
-            file, name = unit.source.file, unit.source.name
-            if name not in digests:
-                raise CheckpointError(f"{file}: {name} cannot be read")
-            if digests[name] != self._known.get(name, digests[name]):
-                raise CheckpointError(f"{file}: {name} changed while it was read; give the same command again")
+        tensors = read_batch(batch, digests, self._known)
         read = time.perf_counter()
         results: list[tuple[str, Tensor]] = []
         chosen: list[tuple[Unit, Tensor]] = []
@@ -383,7 +398,7 @@ class Stream:
                 results.append((unit.outputs[0].name, tensor.to(unit.dtype, copy=True)))
         if chosen:
             encoded = encode_weights(
-                [_matrix(unit, tensor).to(self.device) for unit, tensor in chosen],
+                [as_matrix(unit, tensor).to(self.device) for unit, tensor in chosen],
                 [unit.bits or 0 for unit, _ in chosen],
                 self.config,
                 names=[unit.name for unit, _ in chosen],
@@ -397,6 +412,6 @@ class Stream:
         return results, digests
 
 
-def _matrix(unit: Unit, tensor: Tensor) -> Tensor:
+def as_matrix(unit: Unit, tensor: Tensor) -> Tensor:
     """The weight (rows, cols), which a layer may store transposed or with a third dimension of 1."""
     return tensor.t().contiguous() if unit.transposed else tensor.flatten(1)

@@ -19,7 +19,9 @@ from .options import (
     OUTPUT,
     PRESETS,
     QUANTIZATION,
+    Allocation,
     AsJson,
+    BitsPerWeight,
     Granularity,
     GranularityOption,
     GroupRows,
@@ -29,10 +31,12 @@ from .options import (
     RowScale,
     Scheme,
     SchemeOption,
+    SizeOption,
     Verbose,
     argument,
     number,
     option,
+    refuse_both,
     size_of,
 )
 
@@ -46,6 +50,18 @@ def quantize(
     ] = None,
     bits: Annotated[
         int | None, option(QUANTIZATION, "N", "Bits of an index, 1 to 8; int8 has 8.", default="4", check=number("bits", 1, 8))
+    ] = None,
+    bits_per_weight: BitsPerWeight = None,
+    size: SizeOption = None,
+    allocation: Annotated[
+        Allocation | None,
+        option(
+            QUANTIZATION,
+            "uniform|distortion",
+            "How a budget is spent: the same bits for all weights, or those of the least squared error, for which every weight is"
+            " read once more.",
+            default="distortion with a budget, else uniform",
+        ),
     ] = None,
     scheme: SchemeOption = Scheme.kmeans,
     granularity: GranularityOption = Granularity.tensor,
@@ -90,10 +106,13 @@ def quantize(
 ) -> None:
     """Cluster a checkpoint of any size, tensor by tensor, without building the model.
 
-    The same command again resumes. Under torchrun the ranks share the work: torchrun --nproc-per-node 4 -m kmq_kernels.cli
-    quantize MODEL -o OUT.
+    --size and --bits-per-weight find the bits of every weight: one pass measures, one packs. The same command again resumes.
+    Under torchrun the ranks share the work: torchrun --nproc-per-node 4 -m kmq_kernels.cli quantize MODEL -o OUT.
     """
     given = _module_bits(module_bits)
+    refuse_both(bits, size, bits_per_weight)
+    if allocation is None and (size or bits_per_weight) and preset != "hessian":
+        allocation = Allocation.distortion
     from .. import checkpoint
     from ..files import parse_size
     from ..quantization import KMQConfig
@@ -103,7 +122,8 @@ def quantize(
         "bits": bits, "scheme": scheme.value, "granularity": granularity.value, "group_rows": group_rows, "preset": preset,
         "skip": skip, "module_bits": given, "outlier_fraction": outlier_fraction, "row_scale": row_scale, "seed": seed,
     }  # fmt: skip
-    config = KMQConfig(**Command.given(options))
+    budget: dict[str, Any] = {"size": size, "bits_per_weight": bits_per_weight, "allocation": allocation and allocation.value}
+    config = KMQConfig(**Command.given(options), **{name: value for name, value in budget.items() if value is not None})
     largest = parse_size("shard_size", shard_size)
 
     def make_plan() -> Any:
@@ -113,7 +133,7 @@ def quantize(
     plan = checkpoint.in_child(make_plan)
     if dry_run:
         _say_notes(plan)
-        _print_plan(plan, as_json)
+        _print_plan(checkpoint.decide(plan, checkpoint.choose_device(device, checkpoint.Ranks())), as_json)
         return
     with checkpoint.Ranks.of_environment() as job:
         if job.rank == 0:
@@ -221,16 +241,23 @@ def _print_summary(summary: Any, ranks: int, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))
         return
+    budget = []
+    if summary.size is not None:
+        share = summary.file_bytes / summary.size
+        budget = [("of the budget", f"{summary.file_bytes:,} of {summary.size:,} bytes on disk, {share:.1%}")]
     rows = [
         ("quantized", f"{summary.quantized_weights:,} weights"),
         ("bytes", f"{summary.bytes_before:,} before, {summary.bytes_after:,} after"),
         ("bits per weight", f"{summary.bits_per_weight:.3f}"),
+        ("bits of weights", ", ".join(f"{count} of {bits}" for bits, count in summary.module_bits.items())),
+        *budget,
         ("files of weights", f"{summary.shards}, {summary.shards_made} of them made {'now' if ranks == 1 else 'now by rank 0'}"),
     ]
-    if summary.shards_made:
+    if summary.read_bytes:
         rate = summary.read_bytes / times.total / 1e6
         rows.append(("seconds", f"{times.total:.1f}: {rate:,.0f} MB/s read"))
-        parts = f"waiting to read {times.read:.1f}, clustering {times.cluster:.1f}; writing beside {times.write:.1f}"
+        first = f"measuring {times.measure:.1f}, " if times.measure else ""
+        parts = f"{first}waiting to read {times.read:.1f}, clustering {times.cluster:.1f}; writing beside {times.write:.1f}"
         rows.append(("of them", parts))
     rows.append(("peak memory", f"{summary.peak_bytes / 1e6:,.0f} MB"))
     print(pairs(rows, f"{summary.model_class}, {summary.weights:,} weights"))

@@ -114,6 +114,13 @@ def number(name: str, least: float, most: float | None = None, *, above: bool = 
     return check
 
 
+def refuse_both(bits: Any, size: str | None, bits_per_weight: float | None) -> None:
+    """Raises ValueError where bits are given beside a budget, which finds them."""
+    if bits and (size or bits_per_weight):
+        budget = f"--size {size}" if size else f"--bits-per-weight {bits_per_weight:g}"
+        raise ValueError(f"bits: {budget} finds the bits that fit it; give one of the two")
+
+
 ModelArg = Annotated[str, argument("MODEL", "Model folder or hub id; 'minilm' is the model in the [demo] extra.")]
 OutOption = Annotated[Path, option(OUTPUT, "DIR", "Folder to write.", "-o", "--output")]
 AsJson = Annotated[bool, option(OUTPUT, "", "Print JSON on standard output, and everything else on standard error.", "--json")]
@@ -145,6 +152,20 @@ GranularityOption = Annotated[
     Granularity, option(QUANTIZATION, "tensor|row|group", "What shares a codebook: a weight, a row, or a group of rows.")
 ]
 GroupRows = Annotated[int, option(QUANTIZATION, "N", "Rows of a group, for granularity 'group'.", check=number("group_rows", 1))]
+BitsPerWeight = Annotated[
+    float | None,
+    option(
+        QUANTIZATION, "BITS", "Budget instead of --bits: bits per weight of the whole model.",
+        check=number("bits_per_weight", 0.0, above=True),
+    ),
+]  # fmt: skip
+SizeOption = Annotated[
+    str | None,
+    option(
+        QUANTIZATION, "SIZE", "Budget instead of --bits: bytes of the weight file, such as 30MB, 25MiB or 30_000_000.",
+        check=size_of("size"),
+    ),
+]  # fmt: skip
 OutlierFraction = Annotated[
     float,
     option(

@@ -23,6 +23,7 @@ from .options import (
     Allocation,
     AsJson,
     Batch,
+    BitsPerWeight,
     Compute,
     DataDir,
     GradReduction,
@@ -40,6 +41,7 @@ from .options import (
     RowScale,
     Scheme,
     Seed,
+    SizeOption,
     Steps,
     TaskOption,
     TextColumn,
@@ -50,7 +52,7 @@ from .options import (
     argument,
     number,
     option,
-    size_of,
+    refuse_both,
 )
 
 TASK_FILE = "task.json"
@@ -136,24 +138,8 @@ def run(
             default="uniform",
         ),
     ] = None,
-    bits_per_weight: Annotated[
-        float | None,
-        option(
-            QUANTIZATION,
-            "BITS",
-            "Budget instead of --bits: bits per weight of the whole model.",
-            check=number("bits_per_weight", 0.0, above=True),
-        ),
-    ] = None,
-    size: Annotated[
-        str | None,
-        option(
-            QUANTIZATION,
-            "SIZE",
-            "Budget instead of --bits: bytes of the weight file, such as 30MB, 25MiB or 30_000_000.",
-            check=size_of("size"),
-        ),
-    ] = None,
+    bits_per_weight: BitsPerWeight = None,
+    size: SizeOption = None,
     weighting: Annotated[
         Weighting,
         option(QUANTIZATION, "none|fisher", "What weighs the values in the clustering: nothing, or the Fisher diagonal."),
@@ -211,9 +197,8 @@ def run(
 
     The same command again resumes, and further configurations may be added to a folder.
     """
-    if bits and compare is None and (size or bits_per_weight):
-        budget = f"--size {size}" if size else f"--bits-per-weight {bits_per_weight:g}"
-        raise ValueError(f"bits: {budget} finds the bits that fit it; give one of the two")
+    if compare is None:
+        refuse_both(bits, size, bits_per_weight)
     data = {
         "data_dir": data_dir, "train_file": train_file, "validation_file": validation_file, "text_column": text_column,
         "label_column": label_column, "problem": problem, "ignore_label": ignore_label,

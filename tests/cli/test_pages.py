@@ -182,7 +182,7 @@ def test_tables_of_quantize(capsys):
     from kmq_kernels.checkpoint.quantize import Summary, Times
 
     times = Times()
-    times.total, times.read, times.cluster, times.write = 2.5, 0.5, 1.5, 0.25
+    times.total, times.measure, times.read, times.cluster, times.write = 9.5, 7.0, 0.5, 1.5, 0.25
     numbers = {"weights": 22_713_216, "quantized_weights": 22_565_376, "bytes_before": 90_852_864, "bytes_after": 11_877_312}
     files = {
         "shards": 2,
@@ -190,6 +190,10 @@ def test_tables_of_quantize(capsys):
         "side_files_made": True,
         "read_bytes": 90_852_864,
         "clustered_weights": 22_565_376,
+        "measured_weights": 22_565_376,
+        "file_bytes": 11_890_112,
+        "size": 12_000_000,
+        "module_bits": {3: 20, 4: 40},
         "peak_bytes": 612_000_000,
     }
     _print_summary(Summary(out="packed", model_class="BertModel", times=times, **numbers, **files), 1, as_json=False)
