@@ -61,3 +61,4 @@ when_loaded("torch", f"{__name__}.ops")
 # transformers' registry of quantizers imports all of them and what they stand on (half a second or more, 57 MB), which most
 # commands never use: ours goes there when from_pretrained, or anybody, imports it.
 when_loaded("transformers.quantizers.auto", f"{__name__}.hf.quantizer")
+when_loaded("peft.tuners.lora", f"{__name__}.hf.peft")
