@@ -34,7 +34,7 @@ from ..files import (
     one_line,
     stored_tensors,
 )
-from ..hf import kept_names, model_dtype
+from ..hf import hub_id, kept_names, model_dtype
 from ..quantization import Budget, KMQConfig, Plan, encoded_shapes, find_budget, plan, refuse_unmatched, remarks, swap
 from .side_files import NOT_DOWNLOADED, files_left_out, side_files
 
@@ -147,6 +147,7 @@ class StreamPlan:
     root: Path  # links of the source may lead anywhere below
     side_files: dict[str, str]  # SHA-256 of everything in the source that comes along, by its path in there
     budget: Budget | None = None  # its parameters are names of units
+    base_model: str | None = None  # id on the hub of the source
     undecided: StreamPlan | None = None  # the plan before its budget was decided
 
     @property
@@ -173,6 +174,7 @@ class StreamPlan:
             "shard_bytes": self.shard_bytes,
             "engine": device if device != "cpu" or ops.has_kernel("kmeans", "CPU") else "cpu, plain",
             "source": {name: _digest("\n".join(sorted(tensors)).encode()) for name, tensors in sorted(files.items())},
+            "base_model": self.base_model,
             "layout": {"config.json": _digest("\n".join(layout).encode())},
         }
 
@@ -243,12 +245,14 @@ def make_plan(
     model_class: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     root: Path | None = None,
+    base_model: str | None = None,
 ) -> StreamPlan:
     """Decides what `quantize_checkpoint` will do; reads headers and config.json only.
 
     source: folder of a transformers model in safetensors. model_class: name of a class of transformers; default the one
     config.json names, or the base model where the checkpoint holds nothing more. root: links out of it are refused, default
-    source. Raises CheckpointError with a sentence for anything that cannot be read safely or would not load completely.
+    source. base_model: id on the hub of the source, for the card; default that of a snapshot in the hub's cache. Raises
+    CheckpointError with a sentence for anything that cannot be read safely or would not load completely.
     """
     from . import model as models  # not above: it takes 150 MB, and the process that streams does without
 
@@ -327,6 +331,7 @@ def make_plan(
         root=root or source,
         side_files=files,
         budget=budget,
+        base_model=base_model or hub_id(str(source)),
     )
 
 

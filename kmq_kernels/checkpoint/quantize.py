@@ -42,7 +42,7 @@ from ..files import (
     read_manifest,
     sync,
 )
-from ..hf import MODEL_CARD
+from ..hf import SENTENCE_CONFIG, Facts, card, sentence_class, with_requirement
 from .curves import CURVES, Curve, curves_json, measure
 from .folder import Folder, record
 from .plan import Shard, StreamPlan, Unit
@@ -304,10 +304,12 @@ def _publish(plan: StreamPlan, out: Path, wanted: dict[str, Any], curves: dict[s
 
 def _side_files(plan: StreamPlan, curves: dict[str, Curve]) -> Iterator[tuple[Path, bytes | Iterable[bytes]]]:
     """Path and content of each file beside the shards."""
-    own = {"config.json", "README.md", MANIFEST, CURVES}
+    own = {"config.json", "README.md", MANIFEST, CURVES, SENTENCE_CONFIG}
     for name in plan.side_files:
         if name not in own:
             yield Path(name), _content(plan, name)
+    if SENTENCE_CONFIG in plan.side_files:
+        yield Path(SENTENCE_CONFIG), json.dumps(with_requirement(_sentence_config(plan)), indent=2, sort_keys=True).encode()
     yield Path("README.md"), _card(plan).encode()
     if len(plan.shards) > 1:
         weight_map = {name: shard.name for shard in plan.shards for name, *_ in shard.tensors}
@@ -331,21 +333,24 @@ def _content(plan: StreamPlan, name: str) -> Iterator[bytes]:
 
 
 def _card(plan: StreamPlan) -> str:
-    """The model card; that of the source follows, with its licence and languages kept at the head."""
-    bits = sorted({unit.bits for unit in plan.units if unit.bits is not None})
-    summary = f"{plan.config.scheme} clusters, {', '.join(map(str, bits))} bits an index, made by `kmq quantize`"
-    head, _, body = MODEL_CARD.format(summary=summary).removeprefix("---\n").partition("---\n")
-    if "README.md" not in plan.side_files:
-        return f"---\n{head}---\n{body}"
-    text = b"".join(_content(plan, "README.md")).decode(errors="replace")
-    front, card = "", text
-    if text.startswith("---\n") and "\n---\n" in text[3:]:
-        front, _, card = text[4:].partition("\n---\n")
-    kept, keep = [], False
-    for line in front.splitlines():
-        if not line.startswith((" ", "-")):
-            keep = line.startswith(("license", "language"))
-        if keep:
-            kept.append(line)
-    head += "".join(f"{line}\n" for line in kept)
-    return f"---\n{head}---\n{body}\n## The model it was made from\n\n{card.lstrip()}"
+    """The card; that of the source follows."""
+    quantized = [unit for unit in plan.units if unit.bits is not None]
+    facts = Facts(
+        bits=dict(collections.Counter(unit.bits or 0 for unit in quantized)),
+        scheme=plan.config.scheme,
+        weights=_count(plan.units),
+        bytes_before=sum(math.prod(unit.source.shape) * unit.dtype.itemsize for unit in plan.units),
+        bytes_after=sum(shard.nbytes for shard in plan.shards),
+        made_by="kmq quantize",
+    )
+    before = b"".join(_content(plan, "README.md")).decode(errors="replace") if "README.md" in plan.side_files else None
+    known = sentence_class(_sentence_config(plan)) if SENTENCE_CONFIG in plan.side_files else None
+    return card(facts, base_model=plan.base_model, source_card=before, sentence_class=known)
+
+
+def _sentence_config(plan: StreamPlan) -> dict[str, Any]:
+    try:
+        content = json.loads(b"".join(_content(plan, SENTENCE_CONFIG)))
+    except ValueError as error:
+        raise CheckpointError(f"{plan.source / SENTENCE_CONFIG}: not a JSON file ({error})") from None
+    return content if isinstance(content, dict) else {}

@@ -48,6 +48,9 @@ def quantize(
     model_class: Annotated[
         str | None, option(MODEL, "CLASS", "Class of transformers, such as BertModel.", default="the one in config.json")
     ] = None,
+    base_model: Annotated[
+        str | None, option(MODEL, "ID", "Id on the hub of MODEL, for the card.", default="MODEL where that is one")
+    ] = None,
     bits: Annotated[
         int | None, option(QUANTIZATION, "N", "Bits of an index, 1 to 8; int8 has 8.", default="4", check=number("bits", 1, 8))
     ] = None,
@@ -128,7 +131,8 @@ def quantize(
 
     def make_plan() -> Any:
         folder, root = _source(model, revision)
-        return checkpoint.make_plan(folder, config, model_class=model_class, shard_bytes=largest, root=root)
+        where: dict[str, Any] = {"model_class": model_class, "root": root, "base_model": base_model or _embedded_id(model)}
+        return checkpoint.make_plan(folder, config, shard_bytes=largest, **where)
 
     plan = checkpoint.in_child(make_plan)
     if dry_run:
@@ -164,6 +168,15 @@ def _source(model: str, revision: str | None) -> tuple[Path, Path | None]:
 
         model = resolve_model(model)
     return checkpoint.find_source(model, revision)
+
+
+def _embedded_id(model: str) -> str | None:
+    """The id on the hub of the model in the [demo] extra, where it is meant."""
+    if model != "minilm" or Path(model).exists():
+        return None
+    from ..training import EMBEDDED_ID
+
+    return EMBEDDED_ID
 
 
 def _module_bits(given: list[str] | None) -> dict[str, int] | None:

@@ -32,6 +32,7 @@ from ..quantization import (
 )
 from .contents import Contents, inspect, stored_dtype, untie, writer
 from .names import own_names
+from .save import follow
 
 for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
     mapping.pop(QUANT_METHOD, None)  # of this module before it was reloaded
@@ -85,6 +86,10 @@ class KMQQuantizer(HfQuantizer):
         if not as_planned:
             left = [name for weight in weights if weight.bits is None for name in weight.modules]
             self.quantization_config = described(model, modules, left, config)
+
+    def follow(self, model: Any) -> None:
+        """Has `save_pretrained` of a quantized model write its card, too."""
+        follow(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """A packed checkpoint is not joined or split while it is loaded, and has the names of its own modules."""

