@@ -27,6 +27,7 @@ from ..files import (
     WEIGHTS,
     CheckpointError,
     StoredTensor,
+    cache_of,
     file_record,
     files_below,
     looks_local,
@@ -49,7 +50,7 @@ def find_source(model: str, revision: str | None = None) -> tuple[Path, Path | N
     """
     path = Path(model)
     if path.exists() or looks_local(model):
-        return path, None
+        return path, cache_of(path)
     from huggingface_hub import snapshot_download
 
     folder = model_folder(model, revision)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .json import dump_json, parse_json, read_json
     from .locking import locked
     from .manifest import MANIFEST, DamagedError, check_files, manifest_digest, read_manifest, verify_files
-    from .opening import CheckpointError, files_below, one_line, open_regular, read_exactly
+    from .opening import CheckpointError, cache_of, files_below, one_line, open_regular, read_exactly
     from .publishing import publish, publish_file, sync, write_json
     from .sizes import parse_size
     from .tensors import (
@@ -39,6 +39,7 @@ __all__ = [
     "CheckpointError",
     "DamagedError",
     "StoredTensor",
+    "cache_of",
     "check_files",
     "dump_json",
     "file_record",
@@ -74,7 +75,7 @@ __getattr__, __dir__ = on_first_use(
         "json": ("dump_json", "parse_json", "read_json"),
         "locking": ("locked",),
         "manifest": ("MANIFEST", "DamagedError", "check_files", "manifest_digest", "read_manifest", "verify_files"),
-        "opening": ("CheckpointError", "files_below", "one_line", "open_regular", "read_exactly"),
+        "opening": ("CheckpointError", "cache_of", "files_below", "one_line", "open_regular", "read_exactly"),
         "publishing": ("publish", "publish_file", "sync", "write_json"),
         "sizes": ("parse_size",),
         "tensors": (

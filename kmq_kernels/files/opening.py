@@ -41,6 +41,13 @@ def read_exactly(file: FileIO, count: int) -> bytes:
     return b"".join(parts)
 
 
+def cache_of(folder: Path) -> Path | None:
+    """The folder of a repository in the hub's cache, where `folder` is a snapshot of it, whose files are links to blobs there."""
+    whole = folder.absolute()
+    is_snapshot = whole.parent.name == "snapshots" and whole.parents[1].name.startswith("models--")
+    return whole.parents[1] if is_snapshot else None
+
+
 def files_below(folder: Path, root: Path | None = None) -> list[Path]:
     """All files of a model folder, hidden ones and those of hidden folders left out, sorted.
 
@@ -62,7 +69,8 @@ def files_below(folder: Path, root: Path | None = None) -> list[Path]:
                 try:
                     target = path.resolve(strict=True)
                 except (OSError, RuntimeError):
-                    raise CheckpointError(f"{path}: a link that leads nowhere") from None
+                    lost = "its blob is missing in the hub's cache; download the model again" if cache_of(folder) else ""
+                    raise CheckpointError(f"{path}: {lost or 'a link that leads nowhere'}") from None
                 if not target.is_relative_to(limit):
                     raise CheckpointError(f"{path}: a link out of the folder, to {target}; copy the files (cp -rL) to use them")
                 if target.is_dir():

@@ -72,7 +72,7 @@ def card(
 ) -> str:
     """The text of README.md.
 
-    base_model: id on the hub of the source. source_card: the README.md of the source; licence, languages, datasets and tags of
+    base_model: id on the hub of the source. source_card: the README.md of the source; licence, languages, task and datasets in
     its metadata are kept, and its text below. quality: what was measured. sentence_class: the class of sentence-transformers
     that the folder is saved for. name: the model's, for the model-index.
     """
@@ -81,7 +81,8 @@ def card(
         text = text.partition(_BELOW)[2].strip()
     base = base_model or before.get("base_model")
     name = name or (str(base) if isinstance(base, str) else "model").rpartition("/")[2]
-    head = _metadata(facts, before, base, quality, f"{name}-{min(facts.bits, default=0)}bit")
+    library = ["sentence-transformers"] if sentence_class is not None else []
+    head = _metadata(facts, before, base, quality, library, f"{name}-{min(facts.bits, default=0)}bit")
     body = [MARK, f"# {name}, quantized", "", f"Packed with `kmq_kernels`: {facts.summary}.", "", *_loading(sentence_class), ""]
     body += _sizes(facts, quality)
     if text.strip():
@@ -107,12 +108,12 @@ def _listed(value: Any) -> list[str]:
     return [str(one) for one in value] if isinstance(value, list) else [value] if isinstance(value, str) else []
 
 
-def _metadata(facts: Facts, before: dict[str, Any], base: Any, quality: Quality | None, name: str) -> str:
+def _metadata(facts: Facts, before: dict[str, Any], base: Any, quality: Quality | None, libraries: list[str], name: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     kept = {key: before[key] for key in _KEPT if before.get(key)}
     widths = [f"{bits}-bit" for bits in sorted(facts.bits)]
-    tags = dict.fromkeys(["kmq", "quantized", *widths, *_listed(before.get("tags"))])
+    tags = dict.fromkeys(["kmq", "quantized", *widths, *libraries])
     if quality is not None and _HUB_ID.fullmatch(quality.dataset):
         kept["datasets"] = list(dict.fromkeys([*_listed(kept.get("datasets")), quality.dataset]))
     results = None

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import content, quantize, rewrite
 from conftest import FAMILIES, family_config, family_model
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig
 
@@ -348,9 +349,11 @@ def test_other_files_come_along(bert, tmp_path):
     names = set(content(tmp_path / "out"))
     assert names == {"README.md", "config.json", MANIFEST, "model.safetensors", "vocab.txt", "1_Pooling/config.json"}
     card = (tmp_path / "out/README.md").read_text()
-    assert card.startswith("---\nlibrary_name: kmq_kernels\n")
-    assert "license: mit\nlanguage:\n- de\n---\n" in card
+    data = ModelCard(card).data
+    assert (data.library_name, data.license, data.language) == ("kmq_kernels", "mit", ["de"])
+    assert data.tags == ["kmq", "quantized", "4-bit"]
     assert "# My model" in card
+    assert "Quality: not measured." in card
     assert "obsolete" not in card
 
 

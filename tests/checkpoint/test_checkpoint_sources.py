@@ -1,5 +1,6 @@
 """kmq quantize knows its source by content: what changed is refused or made anew, whatever names, sizes and times say."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,8 +12,10 @@ import sys
 import pytest
 import torch
 from checkpoints import content, quantize, rewrite
+from huggingface_hub import ModelCard
 
-from kmq_kernels.checkpoint import DamagedError, verify_checkpoint
+import kmq_kernels as kmq
+from kmq_kernels.checkpoint import DamagedError, find_source, make_plan, quantize_checkpoint, verify_checkpoint
 from kmq_kernels.files import CheckpointError
 
 SHARDS = {"bits": 4, "shard_bytes": 8000}
@@ -182,3 +185,35 @@ def test_sigterm_is_heard_again_after_a_job(tmp_path):
         for rank in "01"
     ]
     assert [job.wait(120) for job in jobs] == [-signal.SIGTERM] * 2
+
+
+def _snapshot(bert, cache):
+    """A model in the hub's cache: files are links to the blobs of their repository."""
+    repository = cache / "models--someone--tiny-bert"
+    snapshot = repository / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for path in bert.iterdir():
+        blob = repository / "blobs" / hashlib.sha256(path.name.encode()).hexdigest()
+        shutil.copy(path, blob)
+        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot
+
+
+def test_a_snapshot_in_the_hubs_cache(bert, tmp_path):
+    snapshot = _snapshot(bert, tmp_path)
+    folder, root = find_source(str(snapshot))
+    plan = make_plan(folder, kmq.KMQConfig(bits=3), root=root)
+    quantize_checkpoint(plan, tmp_path / "out")
+    quantize(bert, tmp_path / "other", bits=3)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    assert ModelCard.load(tmp_path / "out/README.md").data.base_model == "someone/tiny-bert"
+    (tmp_path / "secret.txt").write_text("mine")
+    (snapshot / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(CheckpointError, match=r"notes\.txt: a link out of the folder"):
+        make_plan(folder, kmq.KMQConfig(bits=3), root=root)
+    (snapshot / "notes.txt").unlink()
+    (snapshot / "model.safetensors").resolve().unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: its blob is missing in the hub's cache; download"):
+        make_plan(folder, kmq.KMQConfig(bits=3), root=root)
