@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from . import bench, checkpoint, show, training
+from . import bench, checkpoint, compare, show, training
 from .command import Command, Group
 from .messages import listening, note
 
@@ -38,8 +38,8 @@ def _(
 
 
 for command in (
-    training.run, training.finetune, training.evaluate, checkpoint.quantize, checkpoint.verify, bench.bench, show.inspect,
-    show.report,
+    training.run, training.finetune, training.evaluate, checkpoint.quantize, checkpoint.verify, bench.bench, compare.compare,
+    show.inspect, show.report,
 ):  # fmt: skip
     app.command(cls=Command)(command)
 
