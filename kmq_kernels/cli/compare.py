@@ -108,7 +108,7 @@ def compare(
     lines = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"texts: expected lines of text in {texts}, got none")
-    refuse_other_tokens(*folders, lines, max_length)
+    refuse_other_tokens(folders[0], folders[1], lines, max_length)
     models = [hf.load(folder).to(torch.float32).eval() for folder in folders]
     longest = min([max_length, *(getattr(model.config, "max_position_embeddings", 512) - 2 for model in models)])
     batches = text_batches(folders[0], texts, longest)

@@ -11,7 +11,7 @@ from kmq_kernels.cli import layout, show
 from kmq_kernels.cli.checkpoint import _print_plan, _print_summary
 from kmq_kernels.cli.training import _print_metrics, results_table, summary_table
 
-COMMANDS = ("", "run", "finetune", "evaluate", "quantize", "verify", "bench", "inspect", "report")
+COMMANDS = ("", "run", "finetune", "evaluate", "quantize", "verify", "bench", "compare", "inspect", "report")
 
 
 @pytest.fixture(autouse=True)

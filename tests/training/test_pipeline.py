@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import family_model
+from huggingface_hub import ModelCard
 from tiny_task import write_task
 
 import kmq_kernels as kmq
@@ -57,8 +58,12 @@ def test_stages_resume_and_repeat(folder):
     assert results == json.loads((folder / "out/results.json").read_text())
     assert results["stage1"]["metrics"]["accuracy"] > 0.9
     assert results["quantized"]["kmeans-2bit"]["stage3"]["metrics"]["accuracy"] > 0.6
-    card = (folder / "out/kmeans-2bit/stage3/README.md").read_text()
-    assert "import kmq_kernels" in card
+    card = ModelCard.load(folder / "out/kmeans-2bit/stage3/README.md")
+    assert "import kmq_kernels" in card.text
+    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    third = results["quantized"]["kmeans-2bit"]["stage3"]["metrics"]
+    assert measured == {name: pytest.approx(third[name], abs=1e-5) for name in measured}
+    assert f"| {results['control']['metrics']['accuracy']:.4f} | {third['accuracy']:.4f} |" in card.text
 
     second = kmq.load(folder / "out/kmeans-2bit/stage2")
     third = kmq.load(folder / "out/kmeans-2bit/stage3")

@@ -1,0 +1,78 @@
+"""The card: metadata that huggingface_hub reads, sizes, quality, the source's card below; who writes it and who is left alone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import family_model
+from huggingface_hub import ModelCard
+
+import kmq_kernels as kmq
+from kmq_kernels.hf import Facts, Quality, card, hub_id
+
+FACTS = Facts({3: 20, 4: 2}, "kmeans", 1000, 4000, 420, "kmq run")
+SOURCE = "---\nlicense: mit\nlanguage:\n- de\ntags:\n- old\nmodel-index:\n- name: x\n---\n# My model\n\nIt is good.\n"
+
+
+def test_metadata_and_text():
+    quality = Quality("PolyAI/banking77", "Banking77", "text-classification", {"accuracy": 0.91234567}, {"accuracy": 0.9})
+    read = ModelCard(card(FACTS, base_model="someone/tiny", source_card=SOURCE, quality=quality))
+    data = read.data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("someone/tiny", "quantized")
+    assert (data["library_name"], data["license"], data["language"]) == ("kmq_kernels", "mit", ["de"])
+    assert data["tags"] == ["kmq", "quantized", "3-bit", "4-bit"]
+    assert (data["datasets"], data["metrics"]) == (["PolyAI/banking77"], ["accuracy"])
+    (result,) = read.data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("Banking77", "accuracy", 0.91235)
+    assert 'kmq.load("path/to/this/folder")' in read.text
+    assert "| accuracy, Banking77 | 0.9000 | 0.9123 |" in read.text
+    assert "| bytes of all tensors | 4,000 | 420 |" in read.text
+    assert "Weights: 20 of 3 bits, 2 of 4 bits." in read.text
+    assert read.text.rstrip().endswith("## The model it was made from\n\n# My model\n\nIt is good.")
+    # A card of ours as the source: its own source stays, nothing is nested.
+    again = ModelCard(card(FACTS, source_card=str(read)))
+    assert again.text.count("## The model it was made from") == 1
+    assert again.data.base_model == "someone/tiny"
+    assert "Quality: not measured." in again.text
+    assert again.data.eval_results is None
+
+
+@pytest.mark.parametrize("source", ["", "no metadata", "---\n: [\n---\ntext", "---\n- a list\n---\ntext", "---\nonly a line"])
+def test_any_source_card(source):
+    read = ModelCard(card(FACTS, source_card=source))
+    assert read.data.library_name == "kmq_kernels"
+    assert source.splitlines()[-1:] == read.text.splitlines()[-1:] or not source
+    assert "base_model" not in read.data.to_dict()
+
+
+def test_ids_of_the_hub(tmp_path):
+    snapshot = tmp_path / "models--some-one--a-model--b" / "snapshots" / "abc"
+    assert hub_id("some-one/a-model") == "some-one/a-model"
+    assert hub_id(str(snapshot)) == "some-one/a-model--b"
+    (tmp_path / "one").mkdir()
+    assert [hub_id(name) for name in (str(tmp_path / "one"), "bert", "./here", "")] == [None] * 4
+
+
+def test_save_pretrained_writes_it(tmp_path):
+    model = family_model("bert")
+    model.save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense/README.md").write_text(SOURCE)
+    packed = type(model).from_pretrained(tmp_path / "dense", quantization_config=kmq.KMQConfig(bits=3))
+    packed.save_pretrained(tmp_path / "one")
+    read = ModelCard.load(tmp_path / "one/README.md")
+    assert read.data.license == "mit"
+    assert "made by `save_pretrained`" in read.text
+    for again in (kmq.load(tmp_path / "one"), copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        with torch.no_grad():
+            again.classifier.bias.fill_(5)
+        again.save_pretrained(tmp_path / "two")
+        assert (kmq.load(tmp_path / "two").classifier.bias == 5).all()  # the copy is saved, not what it was copied from
+        assert (tmp_path / "two/README.md").is_file()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/README.md").write_text("mine")
+    packed.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine/README.md").read_text() == "mine"
+    kmq.dequantize_(packed)
+    packed.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain/README.md").exists()
