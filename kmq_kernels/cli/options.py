@@ -51,6 +51,13 @@ class Compute(str, enum.Enum):
     int8 = "int8"
 
 
+class Assignments(str, enum.Enum):
+    """What stage 3 does with the indices."""
+
+    fixed = "fixed"
+    moving = "moving"
+
+
 class GradReduction(str, enum.Enum):
     """Gradient of a centroid."""
 
@@ -182,4 +189,18 @@ PRESETS = (
 Steps = Annotated[int, option(TRAINING, "N", "Optimizer steps of stage 1.", check=number("steps", 1))]
 Batch = Annotated[int, option(TRAINING, "N", "Texts in a batch.", check=number("batch_size", 1))]
 Rate = Annotated[float, option(TRAINING, "RATE", "Learning rate of stage 1.", check=number("learning_rate", 0.0, above=True))]
+LatentRate = Annotated[
+    float,
+    option(
+        TRAINING, "FACTOR", "Latent weights learn this many times faster than biases and norms.",
+        check=number("latent_lr_mult", 0.0, above=True),
+    ),
+]  # fmt: skip
+AssignmentsOption = Annotated[
+    Assignments | None,
+    option(
+        TRAINING, "fixed|moving", "Indices in stage 3: kept, or nearest to latent weights that train, at every step.",
+        default="moving at 1 and 2 bits, but in a preset or a budget; else fixed",
+    ),
+]  # fmt: skip
 Seed = Annotated[int, option(TRAINING, "N", "Seed of everything random.")]

@@ -22,6 +22,7 @@ from .options import (
     TRAINING,
     Allocation,
     AsJson,
+    AssignmentsOption,
     Batch,
     BitsPerWeight,
     Compute,
@@ -32,6 +33,7 @@ from .options import (
     GroupRows,
     IgnoreLabel,
     LabelColumn,
+    LatentRate,
     MaxLength,
     ModelArg,
     OutlierFraction,
@@ -158,7 +160,13 @@ def run(
     ] = None,
     steps: Steps = 450,
     second_steps: Annotated[
-        int, option(TRAINING, "N", "Optimizer steps of stage 3 and of the control.", check=number("second_steps", 1))
+        int,
+        option(
+            TRAINING,
+            "N",
+            "Optimizer steps of stage 3 with fixed assignments, and of the control.",
+            check=number("second_steps", 1),
+        ),
     ] = 30,
     batch_size: Batch = 32,
     learning_rate: Rate = 3e-4,
@@ -180,7 +188,21 @@ def run(
             check=number("codebook_lr_mult", 0.0, above=True),
         ),
     ] = 5.0,
-    distill: Annotated[bool, option(TRAINING, "", "Stage 3 also follows the stage-1 model.")] = False,
+    latent_lr_mult: LatentRate = 4.0,
+    assignments: AssignmentsOption = None,
+    moving_steps: Annotated[
+        int | None,
+        option(
+            TRAINING,
+            "N",
+            "Optimizer steps of stage 3 with moving assignments.",
+            default="--second-steps where it is given, else 300",
+            check=number("moving_steps", 1),
+        ),
+    ] = None,
+    distill: Annotated[
+        bool | None, option(TRAINING, "", "Stage 3 also follows the stage-1 model.", default="on where assignments move")
+    ] = None,
     control: Annotated[bool, option(TRAINING, "", "Also fine-tune the fp32 model for the steps of stage 3.")] = True,
     seed: Seed = 0,
     seeds: Annotated[
@@ -229,7 +251,9 @@ def run(
         kinds: list[dict[str, Any]] = [{"scheme": kind.value} for kind in scheme or []] or [{}]
         widths: list[dict[str, Any]] = [{"bits": each} for each in bits or []] or [{}]
         configs = [KMQConfig(**kind, **each, **Command.given(options)) for kind in kinds for each in widths]
-        variants = [training.Variant(_name(config), config, distill=distill) for config in configs]
+        asked = None if assignments is None else assignments.value
+        moving_steps = moving_steps or Command.given({"second_steps": second_steps}).get("second_steps", training.MOVING_STEPS)
+        variants = [_variant(config, asked, moving_steps, distill) for config in configs]
     elif compare == "standard":
         variants = training.standard_variants(bits or (1, 2, 3, 4, 8))
     else:
@@ -237,7 +261,12 @@ def run(
     names = [variant.name for variant in variants]
     if doubled := next((name for name in names if names.count(name) > 1), None):
         raise training.PipelineError(f"{doubled}: asked for twice")
-    shared: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "codebook_lr_mult": codebook_lr_mult}
+    shared: dict[str, Any] = {
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "codebook_lr_mult": codebook_lr_mult,
+        "latent_lr_mult": latent_lr_mult,
+    }
     lines = sys.stderr if as_json else sys.stdout
     comparison = training.Comparison(
         model=model,
@@ -277,6 +306,21 @@ def _name(config: Any) -> str:
         budget = f"-{config.bits_per_weight:g}bpw" if config.bits_per_weight else f"-{config.size}bytes" if config.size else ""
         name = f"{config.preset or config.scheme}-{config.allocation}{budget or f'-{config.bits}bit'}"
     return name
+
+
+def _variant(config: Any, asked: str | None, moving_steps: int, distill: bool | None) -> Any:
+    """A configuration of `run` with its stage 3; asked: what is done with the indices, None for what suits the bits."""
+    from .. import training
+
+    kind = asked or training.default_assignments(config)
+    moves = kind == "moving"
+    return training.Variant(
+        f"{_name(config)}-moving" if asked == "moving" else _name(config),
+        config,
+        distill=moves if distill is None else distill,
+        assignments=kind,
+        steps=moving_steps if moves else None,
+    )
 
 
 def summary_table(summary: Any) -> str:

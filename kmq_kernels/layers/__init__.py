@@ -4,6 +4,7 @@ from .codebook import INDICES, STORED, CodebookModule
 from .decode_ahead import DecodeAhead
 from .embedding import CodebookEmbedding
 from .linear import CodebookConv1D, CodebookLinear, CodebookPointwise
+from .moving import settle, start_moving, stop_moving
 from .optimize import optimize_
 
 __all__ = [
@@ -16,4 +17,7 @@ __all__ = [
     "CodebookPointwise",
     "DecodeAhead",
     "optimize_",
+    "settle",
+    "start_moving",
+    "stop_moving",
 ]

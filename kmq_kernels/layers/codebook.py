@@ -23,7 +23,8 @@ class CodebookModule(nn.Module):
     members; with "sum" it is the chain rule's. Where asked for, `row_scale` (rows,) multiplies the decoded rows, and
     `outlier_values` (n,) stand at the ascending flat positions `outlier_index` (n,) int32 instead of what is decoded there.
     Both train like a bias: a factor, or a value that stands for one weight, needs no other treatment than that weight had.
-    `replaces` is the plain layer whose place it took, without its tensors: what dequantize_ gives back.
+    `replaces` is the plain layer whose place it took, without its tensors: what dequantize_ gives back. `latent` (rows, cols) is
+    there only while assignments move, see `moving`; it is no part of the stored weight.
     """
 
     codebook: nn.Parameter
@@ -32,6 +33,7 @@ class CodebookModule(nn.Module):
     outlier_index: Tensor | None
     outlier_values: nn.Parameter | None
     replaces: nn.Module | None = None
+    latent: nn.Parameter | None
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class CodebookModule(nn.Module):
         self.row_scale = nn.Parameter(torch.ones(rows, device=device, dtype=dtype)) if row_scale else None
         self.register_buffer("outlier_index", torch.zeros(outliers, device=device, dtype=torch.int32) if outliers else None)
         self.outlier_values = nn.Parameter(torch.zeros(outliers, device=device, dtype=dtype)) if outliers else None
+        self.latent = None
         self._inverse_counts: Tensor | None = None
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from .codebook import CodebookModule
+from .moving import straight_through
 
 
 class CodebookEmbedding(CodebookModule):
@@ -53,6 +54,8 @@ class CodebookEmbedding(CodebookModule):
             out = out * F.embedding(ids, self.row_scale[:, None], self.padding_idx)
         if (added := self._added(codebook)) is not None:
             out = out + ops.sparse_embedding(ids, *added, self.cols, padding_idx=self.padding_idx)
+        if self.latent is not None and torch.is_grad_enabled():
+            out = straight_through(out, F.embedding(ids, self.latent, self.padding_idx))
         return self._scaled(out, ids) if self.scale_grad_by_freq and torch.is_grad_enabled() else out
 
     def _scaled(self, out: Tensor, ids: Tensor) -> Tensor:

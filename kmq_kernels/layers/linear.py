@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from .codebook import CodebookModule
+from .moving import straight_through
 
 
 class CodebookLinear(CodebookModule):
@@ -51,6 +53,9 @@ class CodebookLinear(CodebookModule):
         device = input.device.type
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(device))
+        if self.latent is not None and torch.is_grad_enabled():
+            weight = straight_through(self.decoded(), self.latent).to(input.dtype)
+            return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
         codebook = self.trained_codebook()
         if self.row_scale is None and self.outlier_values is None:
             return self._product(input, codebook, self.bias)

@@ -10,7 +10,7 @@ from .plan import Plan, plan, refuse_unmatched, remarks
 from .quantize import quantize_
 from .size import ModelSize, model_size
 from .swap import dequantize_, join_indices, part_indices, swap, swap_empty
-from .weights import Weight
+from .weights import Weight, kind_of
 
 __all__ = [
     "BITS",
@@ -33,6 +33,7 @@ __all__ = [
     "encoded_shapes",
     "find_budget",
     "join_indices",
+    "kind_of",
     "least_error",
     "mark_quantized",
     "model_size",

@@ -2,14 +2,17 @@
 
 from ..tasks import Task, TaskError, load_task, tokenize
 from .comparison import Comparison, Variant, read_variants, standard_variants
-from .finetune import calibration_batches, distillation_loss, evaluate, finetune, parameter_groups
+from .distillation import distillation_loss
+from .finetune import calibration_batches, evaluate, finetune, parameter_groups
 from .models import EMBEDDED_ID, EMBEDDED_MODEL, check_fits, load_for_task, load_tokenizer, resolve_model, save
+from .moving import MOVING_STEPS, default_assignments, moving
 from .run import Run, stopped_stages
 from .settings import DivergedError, PipelineError, SensitivitySettings, TrainingSettings
 
 __all__ = [
     "EMBEDDED_ID",
     "EMBEDDED_MODEL",
+    "MOVING_STEPS",
     "Comparison",
     "DivergedError",
     "PipelineError",
@@ -21,12 +24,14 @@ __all__ = [
     "Variant",
     "calibration_batches",
     "check_fits",
+    "default_assignments",
     "distillation_loss",
     "evaluate",
     "finetune",
     "load_for_task",
     "load_task",
     "load_tokenizer",
+    "moving",
     "parameter_groups",
     "read_variants",
     "resolve_model",

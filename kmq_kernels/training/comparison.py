@@ -14,22 +14,27 @@ from typing import Any
 
 from ..quantization import KMQConfig
 from ..tasks import Task
+from .moving import check_assignments
 from .run import Run, log
-from .settings import PipelineError, SensitivitySettings, TrainingSettings
+from .settings import Assignments, PipelineError, SensitivitySettings, TrainingSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One configuration of a comparison: its name, the quantization, and what stage 3 does with it."""
+    """One configuration of a comparison: its name, the quantization, and what stage 3 does with it. steps: of stage 3, where
+    they are not those of all."""
 
     name: str
     config: KMQConfig
     stage3: bool = True
     distill: bool = False
+    assignments: Assignments = "fixed"
+    steps: int | None = None
 
 
 def read_variants(path: Path) -> list[Variant]:
-    """The list in a JSON file: objects with a name, fields of KMQConfig, and optionally "stage3" and "distill"."""
+    """The list in a JSON file: objects with a name, fields of KMQConfig, and optionally "stage3", "distill", "assignments" and
+    "steps" (of stage 3)."""
     try:
         entries = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -40,15 +45,20 @@ def read_variants(path: Path) -> list[Variant]:
     for number, entry in enumerate(entries):
         fields = dict(entry)
         name, stage3, distill = fields.pop("name", None), fields.pop("stage3", True), fields.pop("distill", False)
+        assignments, steps = fields.pop("assignments", "fixed"), fields.pop("steps", None)
         if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
             raise PipelineError(f"{path}, entry {number}: expected a name that can be a folder's, got {name!r}")
         if name in ("stage1", "control") or name in [variant.name for variant in variants]:
             raise PipelineError(f"{path}, entry {number}: the name {name!r} is taken")
         try:
             config = KMQConfig.from_dict(fields)
+            if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int)):
+                raise PipelineError(f"steps: expected an integer, got {steps!r}")
+            TrainingSettings(assignments=assignments, steps=1 if steps is None else steps)
+            check_assignments(assignments, config)
         except (TypeError, ValueError) as error:
             raise PipelineError(f"{path}, entry {number}, {name}: {error}") from None
-        variants.append(Variant(name, config, bool(stage3), bool(distill)))
+        variants.append(Variant(name, config, bool(stage3), bool(distill), assignments, steps))
     return variants
 
 
@@ -113,8 +123,11 @@ class Comparison:
     def run_of(self, task: Task, seed: int, out: Path) -> Run:
         """The run of one task and seed, in the folder `out`."""
 
+        common = dataclasses.replace(self.stage3, seed=seed)
+
         def stage3(variant: Variant) -> TrainingSettings | None:
-            return dataclasses.replace(self.stage3, seed=seed, distill=variant.distill) if variant.stage3 else None
+            own = {"distill": variant.distill, "assignments": variant.assignments, "steps": variant.steps or common.steps}
+            return dataclasses.replace(common, **own) if variant.stage3 else None
 
         return Run(
             model=self.model,
@@ -122,8 +135,8 @@ class Comparison:
             out=out,
             configs={v.name: dataclasses.replace(v.config, seed=seed) for v in self.variants},
             stage1=dataclasses.replace(self.stage1, seed=seed),
-            stage3=dataclasses.replace(self.stage3, seed=seed),
-            stage3_of={v.name: stage3(v) for v in self.variants if v.distill or not v.stage3},
+            stage3=common,
+            stage3_of={v.name: stage3(v) for v in self.variants if stage3(v) != common},
             control=self.control,
             command=self.command,
             announce=lambda text: self.announce(text if out == self.out else f"{task.name}, seed {seed}: {text}"),

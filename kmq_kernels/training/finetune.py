@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -19,7 +20,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ..layers import CodebookModule
 from ..tasks import Task, class_names, tokenize
 from ..terminal import draws_bars
+from .distillation import Teacher
 from .models import check_fits
+from .moving import Settle, moving
 from .settings import DivergedError, PipelineError, TrainingSettings
 
 log = logging.getLogger(__name__)
@@ -28,16 +31,20 @@ MANY_UNKNOWN = 0.1  # share of the tokens of a data set
 
 
 def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """AdamW groups: weights with decay, biases and norms without, codebooks without and with their own learning rate."""
-    codebooks = {id(module.codebook) for module in model.modules() if isinstance(module, CodebookModule)}
+    """AdamW groups: weights with decay, biases and norms without, codebooks without and with their own learning rate, latent
+    weights likewise: what decays them would move them over the edges between centroids."""
+    packed = [module for module in model.modules() if isinstance(module, CodebookModule)]
+    codebooks = {id(module.codebook) for module in packed}
+    latent = {id(module.latent) for module in packed if module.latent is not None}
     trained = [p for p in model.parameters() if p.requires_grad]
     books = [p for p in trained if id(p) in codebooks]
-    matrices = [p for p in trained if id(p) not in codebooks and p.dim() > 1]
-    vectors = [p for p in trained if id(p) not in codebooks and p.dim() <= 1]
+    moving = [p for p in trained if id(p) in latent]
+    others = [p for p in trained if id(p) not in codebooks | latent]
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
         {"params": books, "weight_decay": 0.0, "lr": settings.learning_rate * settings.codebook_lr_mult},
+        {"params": moving, "weight_decay": 0.0, "lr": settings.learning_rate * settings.latent_lr_mult},
     ]
     return [group for group in groups if group["params"]]
 
@@ -66,41 +73,19 @@ def _training_arguments(folder: Path, settings: TrainingSettings, **more: Any) -
     )
 
 
-DISTILL_TEMPERATURE = 2.0
 LOOK_EVERY = 16  # steps between two looks at the losses
-
-
-def distillation_loss(student: Any, teacher: Any, attention_mask: torch.Tensor, regression: bool) -> torch.Tensor:
-    """What keeps a quantized model near the one it came from: the sum of a term for the logits and one for the hidden states.
-
-    student, teacher: outputs with logits (batch, labels) and hidden_states, each (batch, tokens, hidden). The first term is
-    KL(teacher || student) at temperature 2, times 4 (Hinton et al. 2015); for regression the mean squared difference. The
-    second is the mean over the layers of the squared difference, as a share of the mean square of the teacher's states, over
-    the tokens that are no padding. Both are about 1 for a model that has nothing of the teacher.
-    """
-    if regression:
-        soft = torch.nn.functional.mse_loss(student.logits, teacher.logits)
-    else:
-        ours, theirs = (torch.log_softmax(out.logits / DISTILL_TEMPERATURE, -1) for out in (student, teacher))
-        soft = torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * DISTILL_TEMPERATURE**2
-    real = attention_mask.unsqueeze(-1).to(student.logits.dtype)
-    shares = [
-        ((ours - theirs).square() * real).sum() / (theirs.square() * real).sum().clamp_min(1e-12)
-        for ours, theirs in zip(student.hidden_states, teacher.hidden_states, strict=True)
-    ]
-    return soft + torch.stack(shares).mean()
 
 
 class _StageTrainer(Trainer):
     """Trainer with the parameter groups of this package, the loss of every step, and distillation from `teacher`."""
 
-    def __init__(self, settings: TrainingSettings, teacher: Any = None, **kwargs: Any) -> None:
+    def __init__(self, settings: TrainingSettings, teacher: Teacher | None = None, **kwargs: Any) -> None:
         self._settings = settings
-        self._teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+        self._teacher = teacher
         self.losses: list[torch.Tensor] = []
         super().__init__(**kwargs)
         if self._teacher is not None and self.place_model_on_device:
-            self._move_model_to_device(self._teacher, self.args.device)
+            self._move_model_to_device(self._teacher.model, self.args.device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keeps the loss, without waiting for its value but every few steps; raises DivergedError where one is no number."""
@@ -123,12 +108,7 @@ class _StageTrainer(Trainer):
         """The task's loss, with the distance from the teacher where there is one."""
         if self._teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        out = model(**inputs, output_hidden_states=True)
-        given = {name: value for name, value in inputs.items() if name != "labels"}
-        with torch.no_grad():
-            theirs = self._teacher(**given, output_hidden_states=True)
-        regression = self._teacher.config.num_labels == 1
-        loss = out.loss + distillation_loss(out, theirs, inputs["attention_mask"], regression)
+        loss, out = self._teacher.loss(model, inputs)
         return (loss, out) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -179,7 +159,7 @@ def _trainer(
     scratch: Path,
     train: Any = None,
     metrics: Any = None,
-    teacher: Any = None,
+    teacher: Teacher | None = None,
     title: str = "",
 ) -> _StageTrainer:
     trainer = _StageTrainer(
@@ -194,6 +174,8 @@ def _trainer(
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(_Bar(title))
+    if settings.assignments == "moving":
+        trainer.add_callback(Settle(model))
     return trainer
 
 
@@ -239,11 +221,13 @@ def finetune(
     title: str = "fine-tune",
 ) -> list[float]:
     """Fine-tunes `model` in place on the task's training set and returns the loss of every step. `scratch`: a folder Trainer may
-    write to. teacher: a model to distill from, where the settings ask for it. title: of the progress bar.
+    write to. teacher: the model in floating point that it was made from, to distill from and for moving assignments to begin at,
+    where the settings ask for it. title: of the progress bar.
 
-    In a quantized model the packed indices stay as they are; codebooks and everything in floating point train. Classes of the
-    task and of the model are matched by name, see `Task.for_model`. Raises DivergedError where a loss, or a weight at the end, is
-    NaN or Inf.
+    In a quantized model the packed indices stay as they are, unless the settings let them move; codebooks and everything in
+    floating point train. Classes of the task and of the model are matched by name, see `Task.for_model`. Raises PipelineError for
+    a distillation without a teacher and for moving assignments of a model without codebooks, DivergedError where a loss, or a
+    weight at the end, is NaN or Inf.
     """
     if settings.distill and teacher is None:
         raise PipelineError("distill: expected a model to distill from; `kmq run` has one, the model of stage 1")
@@ -251,12 +235,30 @@ def finetune(
         raise PipelineError(f"train_file: {task.name} has no training set")
     task = _task_for(model, tokenizer, task, settings.max_length)
     train = _tokens(f"{task.name}, training set", task.train, tokenizer, settings.max_length)
-    trainer = _trainer(model, tokenizer, settings, scratch, train, teacher=teacher if settings.distill else None, title=title)
-    trainer.train()
-    losses = trainer.checked_losses()
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter.detach()).all()):
-            raise DivergedError(f"{name} is NaN or Inf after step {settings.steps}; a smaller learning rate may help", losses)
+    follows = Teacher(teacher) if settings.distill else None
+    return _train(model, tokenizer, settings, scratch, train, follows, teacher, title)
+
+
+def _train(
+    model: Any,
+    tokenizer: Any,
+    settings: TrainingSettings,
+    scratch: Path,
+    train: Any,
+    follows: Teacher | None,
+    source: Any,
+    title: str,
+) -> list[float]:
+    """Trains on tokens, following a teacher where there is one; `source`: see `moving`."""
+    with contextlib.ExitStack() as stack:
+        if settings.assignments == "moving":
+            stack.enter_context(moving(model, source))
+        trainer = _trainer(model, tokenizer, settings, scratch, train, teacher=follows, title=title)
+        trainer.train()
+        losses = trainer.checked_losses()
+        for name, parameter in model.named_parameters():
+            if not bool(torch.isfinite(parameter.detach()).all()):
+                raise DivergedError(f"{name} is NaN or Inf after step {settings.steps}; a smaller learning rate may help", losses)
     return losses
 
 

@@ -43,6 +43,7 @@ from .facts import layer_facts, peak_memory, reset_peak_memory, versions
 from .finetune import calibration_batches, evaluate, finetune
 from .identity import changed_file, data_digests, difference, model_digests
 from .models import check_fits, folder_bytes, load_for_task, quality_of, resolve_model, save
+from .moving import check_assignments
 from .settings import DivergedError, PipelineError, SensitivitySettings, TrainingSettings
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class Run:
                 self.out / "control",
                 f"control: {self.stage3.steps} more fp32 steps",
                 lambda: load_for_task(str(self._as_noted(first)), self.task, self.stage3.seed),
-                self.stage3,
+                dataclasses.replace(self.stage3, assignments="fixed"),
             )
         for name, config in self.configs.items():
             self._configuration(name, config, first)
@@ -175,6 +176,11 @@ class Run:
     def check(self) -> dict[str, Any]:
         """The request with what the folder has already; raises PipelineError where the folder holds something else."""
         marker = self.out / "run.json"
+        if self.stage1.assignments == "moving" or self.stage1.distill:
+            raise PipelineError("stage1: expected fixed assignments and no distillation: it comes before all that is quantized")
+        for name, config in self.configs.items():
+            if (training := self.stage3_of.get(name, self.stage3)) is not None:
+                check_assignments(training.assignments, config)
         request = json.loads(json.dumps(self.request()))
         if not marker.is_file():
             if self.out.exists() and (not self.out.is_dir() or any(path.name != LOCK for path in self.out.iterdir())):
@@ -272,7 +278,8 @@ class Run:
         losses = []
         try:
             if training is not None:
-                teacher = load(self._as_noted(self.out / "stage1")) if training.distill else None
+                follows = training.distill or training.assignments == "moving"
+                teacher = load(self._as_noted(self.out / "stage1")) if follows else None
                 losses = finetune(model, tokenizer, self.task, training, scratch, teacher, title)
             seconds = time.perf_counter() - start
             memory = peak_memory()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 from .. import sensitivity
+
+Assignments = Literal["fixed", "moving"]
 
 
 class PipelineError(ValueError):
@@ -23,24 +26,30 @@ class DivergedError(PipelineError):
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
     """One fine-tuning. steps: optimizer steps; learning_rate: of everything but codebooks, which take
-    learning_rate * codebook_lr_mult and no weight decay; max_length: tokens a text is cut to; distill: whether stage 3 also
-    follows the logits and hidden states of the stage-1 model, see `distillation_loss`."""
+    learning_rate * codebook_lr_mult and no weight decay, and latent weights, which take learning_rate * latent_lr_mult;
+    max_length: tokens a text is cut to; distill: whether stage 3 also follows the logits and hidden states of the stage-1 model,
+    see `distillation_loss`; assignments: whether the indices of a quantized model stay ("fixed") or are chosen anew after every
+    step, nearest to a latent weight that trains ("moving"), see `layers.moving`."""
 
     steps: int = 450
     batch_size: int = 32
     learning_rate: float = 3e-4
     codebook_lr_mult: float = 5.0
+    latent_lr_mult: float = 4.0
     weight_decay: float = 0.01
     warmup_ratio: float = 0.1
     max_length: int = 64
     seed: int = 0
     distill: bool = False
+    assignments: Assignments = "fixed"
 
     def __post_init__(self) -> None:
+        if self.assignments not in get_args(Assignments):
+            raise PipelineError(f"assignments: expected 'fixed' or 'moving', got {self.assignments!r}")
         for name in ("steps", "batch_size", "max_length"):
             if getattr(self, name) < 1:
                 raise PipelineError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "codebook_lr_mult"):
+        for name in ("learning_rate", "codebook_lr_mult", "latent_lr_mult"):
             if not getattr(self, name) > 0:
                 raise PipelineError(f"{name}: expected a number above 0, got {getattr(self, name)}")
 

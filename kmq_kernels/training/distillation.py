@@ -1,0 +1,60 @@
+"""What keeps a quantized model near the model it came from: losses against a teacher, with labels and without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DISTILL_TEMPERATURE = 2.0
+
+
+def hidden_states_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
+    """The mean over the layers of the squared difference of hidden states, as a share of the mean square of the teacher's.
+
+    student, teacher: a tensor (batch, tokens, hidden) a layer; attention_mask: (batch, tokens), 0 for padding, which does not
+    count. About 1 for a model that has nothing of the teacher.
+    """
+    real = attention_mask.unsqueeze(-1).to(student[0].dtype)
+    shares = [
+        ((ours - theirs).square() * real).sum() / (theirs.square() * real).sum().clamp_min(1e-12)
+        for ours, theirs in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(shares).mean()
+
+
+def distillation_loss(student: Any, teacher: Any, attention_mask: Tensor, regression: bool) -> Tensor:
+    """What keeps a quantized model near the one it came from: the sum of a term for the logits and one for the hidden states.
+
+    student, teacher: outputs with logits (batch, labels) and hidden_states, each (batch, tokens, hidden). The first term is
+    KL(teacher || student) at temperature 2, times 4 (Hinton et al. 2015); for regression the mean squared difference. The
+    second is `hidden_states_loss`. Both are about 1 for a model that has nothing of the teacher.
+    """
+    if regression:
+        soft = torch.nn.functional.mse_loss(student.logits, teacher.logits)
+    else:
+        ours, theirs = (torch.log_softmax(out.logits / DISTILL_TEMPERATURE, -1) for out in (student, teacher))
+        soft = torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * DISTILL_TEMPERATURE**2
+    return soft + hidden_states_loss(student.hidden_states, teacher.hidden_states, attention_mask)
+
+
+class Teacher:
+    """A model that another one follows: in eval mode, without gradients."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    def outputs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
+        """The outputs of `model` and of the teacher for a batch, with hidden states; the teacher is not shown the labels."""
+        ours = model(**inputs, output_hidden_states=True)
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        with torch.no_grad():
+            return ours, self.model(**given, output_hidden_states=True)
+
+    def loss(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        """The task's loss with the distance from the teacher, and the model's output."""
+        ours, theirs = self.outputs(model, inputs)
+        regression = self.model.config.num_labels == 1
+        return ours.loss + distillation_loss(ours, theirs, inputs["attention_mask"], regression), ours

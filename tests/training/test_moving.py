@@ -1,0 +1,171 @@
+"""Stage 3 with moving assignments: what is saved is what was evaluated, a killed stage gives the same bits, what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny_task import write_task
+
+import kmq_kernels as kmq
+from kmq_kernels import cli, training
+from kmq_kernels.layers import CodebookModule
+from kmq_kernels.training import load_task
+from kmq_kernels.training import run as run_module
+
+FEW = training.TrainingSettings(steps=12, batch_size=16, learning_rate=2e-3, max_length=8)
+MOVING = dataclasses.replace(FEW, steps=8, assignments="moving", distill=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny BERT with its tokenizer, and a csv task."""
+    folder = tmp_path_factory.mktemp("moving")
+    write_task(folder)
+    return folder
+
+
+def _run(folder, out, **options):
+    task = load_task(None, train_file=folder / "train.csv", validation_file=folder / "dev.csv")
+    settings = {"stage1": FEW, "stage3": MOVING, "configs": {"two": kmq.KMQConfig(bits=2)}, "control": False}
+    return training.Run(str(folder / "model"), task, folder / out, **{**settings, **options})
+
+
+def _kmq(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["kmq", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def _codes(folder):
+    return {name: m.packed for name, m in kmq.load(folder).named_modules() if isinstance(m, CodebookModule)}
+
+
+def test_what_is_saved_is_what_was_evaluated(folder, monkeypatch):
+    seen = {}
+
+    def evaluate(model, *args, **kwargs):
+        seen.clear()
+        seen.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return evaluated(model, *args, **kwargs)
+
+    evaluated = run_module.evaluate
+    monkeypatch.setattr(run_module, "evaluate", evaluate)
+    results = _run(folder, "saved")()
+    third = kmq.load(folder / "saved/two/stage3")
+    assert {name: tensor.shape for name, tensor in third.state_dict().items()} == {n: t.shape for n, t in seen.items()}
+    assert all(torch.equal(tensor, seen[name]) for name, tensor in third.state_dict().items())
+    again = training.evaluate(third, training.load_tokenizer(folder / "model"), _run(folder, "saved").task, MOVING, folder / "x")
+    assert again == results["quantized"]["two"]["stage3"]["metrics"]
+
+    before, after = _codes(folder / "saved/two/stage2"), _codes(folder / "saved/two/stage3")
+    assert any(not torch.equal(codes, before[name]) for name, codes in after.items())
+    assert (folder / "saved/two/stage3/model.safetensors").stat().st_size == (
+        folder / "saved/two/stage2/model.safetensors"
+    ).stat().st_size
+
+
+def test_a_killed_stage_gives_the_same_bits(folder, monkeypatch):
+    _run(folder, "whole")()
+
+    class Killed(BaseException):
+        pass
+
+    def after_five_steps(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        if self._settings.assignments == "moving" and len(self.losses) == 5:
+            raise Killed
+        return loss
+
+    trainer = training.finetune.__globals__["_StageTrainer"]
+    step = trainer.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "training_step", after_five_steps)
+        with pytest.raises(Killed):
+            _run(folder, "killed")()
+    assert (folder / "killed/two/stage2").is_dir()
+    assert not (folder / "killed/two/stage3").exists()
+    _run(folder, "killed")()
+    weights = [(folder / out / "two/stage3/model.safetensors").read_bytes() for out in ("whole", "killed")]
+    assert weights[0] == weights[1]
+
+
+def test_latent_weights_begin_at_the_weights_of_the_first_stage(folder, monkeypatch):
+    begun = {}
+
+    def start(modules, weights):
+        begun.update({name: weight.clone() for name, weight in weights.items()})
+        return started(modules, weights)
+
+    module = training.default_assignments.__globals__
+    started = module["start_moving"]
+    monkeypatch.setitem(module, "start_moving", start)
+    _run(folder, "begun", stage3=dataclasses.replace(MOVING, steps=1))()
+    first = kmq.load(folder / "begun/stage1")
+    assert set(begun) == set(_codes(folder / "begun/two/stage2"))
+    assert all(torch.equal(weight, first.get_submodule(name).weight) for name, weight in begun.items())
+
+
+def test_learning_rates_of_latent_weights_and_codebooks():
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.LayerNorm(6))
+    kmq.quantize_(layer, kmq.KMQConfig(bits=2))
+    settings = training.TrainingSettings(learning_rate=1e-3, codebook_lr_mult=3, latent_lr_mult=7, weight_decay=0.1)
+    with training.moving(layer) as latents:
+        groups = training.parameter_groups(layer, settings)
+        rates = {id(p): (group.get("lr", 1e-3), group["weight_decay"]) for group in groups for p in group["params"]}
+        assert rates[id(latents[0])] == (pytest.approx(7e-3), 0.0)
+        assert rates[id(layer[0].codebook)] == (pytest.approx(3e-3), 0.0)
+        assert rates[id(layer[1].weight)] == (1e-3, 0.0)
+        assert sum(len(group["params"]) for group in groups) == len(list(layer.parameters()))
+    assert len(list(layer.parameters())) == 4
+
+
+def test_defaults_by_bits():
+    moves = [kmq.KMQConfig(bits=1), kmq.KMQConfig(bits=2, granularity="row"), kmq.KMQConfig(bits=2, scheme="linear")]
+    stays = [kmq.KMQConfig(bits=3), kmq.KMQConfig(bits=2, preset="paper"), kmq.KMQConfig(bits=2, allocation="distortion")]
+    assert [training.default_assignments(config) for config in moves] == ["moving"] * 3
+    assert [training.default_assignments(config) for config in stays] == ["fixed"] * 3
+
+
+def test_what_cannot_move_is_refused(folder, tmp_path, monkeypatch, capsys):
+    with pytest.raises(training.PipelineError, match="assignments: expected 'fixed' or 'moving', got 'soft'"):
+        training.TrainingSettings(assignments="soft")
+    sentence = "assignments: preset 'paper' keeps its indices fixed in stage 3, got 'moving'"
+    with pytest.raises(training.PipelineError, match=sentence):
+        _run(folder, "paper", configs={"paper": kmq.KMQConfig(preset="paper", bits=2)})()
+    assert not (folder / "paper").exists()
+    with pytest.raises(training.PipelineError, match="stage1: expected fixed assignments and no distillation"):
+        _run(folder, "first", stage1=MOVING)()
+    with pytest.raises(training.PipelineError, match="expected a quantized model for 'moving', got one without codebooks"):
+        training.moving(torch.nn.Linear(3, 3)).__enter__()
+    listed = [{"name": "a", "preset": "paper", "bits": 2, "assignments": "moving"}]
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    with pytest.raises(training.PipelineError, match=f"list.json, entry 0, a: {sentence}"):
+        training.read_variants(tmp_path / "list.json")
+    (tmp_path / "list.json").write_text(json.dumps([{"name": "a", "steps": "many"}]))
+    with pytest.raises(training.PipelineError, match="a: steps: expected an integer, got 'many'"):
+        training.read_variants(tmp_path / "list.json")
+    data = ["--train-file", folder / "train.csv", "--validation-file", folder / "dev.csv"]
+    command = ["run", folder / "model", *data, "--preset", "paper", "--bits", 2, "--assignments", "moving"]
+    assert _kmq(monkeypatch, *command, "-o", tmp_path / "out") == 1
+    assert capsys.readouterr().err.strip().endswith(f"--{sentence}")
+
+
+def test_the_command_names_what_moves(folder, tmp_path, monkeypatch, capsys):
+    data = ["--train-file", folder / "train.csv", "--validation-file", folder / "dev.csv", "--max-length", 8]
+    few = ["--steps", 2, "--second-steps", 3, "--no-control", "--json", "-o", tmp_path / "out"]
+    common = ["run", folder / "model", *data, *few, "--bits", 2, "--bits", 3]
+    assert _kmq(monkeypatch, *common) == 0
+    assert _kmq(monkeypatch, *common, "--assignments", "moving", "--moving-steps", 2, "--no-distill") == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    steps = {name: len(stages["stage3"]["losses"]) for name, stages in results["quantized"].items()}
+    assert steps == {"kmeans-2bit": 3, "kmeans-3bit": 3, "kmeans-2bit-moving": 2, "kmeans-3bit-moving": 2}
+    settings = results["request"]["stage3_of"]
+    assert "kmeans-3bit" not in settings
+    chosen = {name: (each["assignments"], each["distill"]) for name, each in settings.items()}
+    assert chosen["kmeans-2bit"] == ("moving", True)
+    assert chosen["kmeans-2bit-moving"] == chosen["kmeans-3bit-moving"] == ("moving", False)
