@@ -67,10 +67,10 @@ INT8_LIMIT = 127  # of the magnitudes in a table
 
 
 def int8_codebook(packed: Tensor, codebook: Tensor, cols: int, group_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """table (G, K) int8 and scale (G,) fp32 with codebook ~ scale * table, and row_sum (rows,) int32, of the table at the indices.
+    """table (G, K) int8 and scale (G,) fp32 with codebook ~ scale * table, and row_sum (rows,) int32 of the integers.
 
-    Of some scales tried, the one with the least squared error over the weights, which are counted. Entries of at most a 4096th of
-    a codebook's weights that are at least twice as large as all others get 0: they are left to the outliers.
+    Of some scales tried, the one with the least squared error over the weights, which are counted. Entries of at most a 4096th
+    of a codebook's weights that are at least twice as large as all others get 0: they are left to the outliers.
     """
     bits = codebook.shape[1].bit_length() - 1
     index = unpack(packed, bits, cols).long()
@@ -109,12 +109,12 @@ INT8_HALVINGS = 4  # of the step of a row
 
 
 def int8_round(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of `input` (M, IN) as integers q (M, IN) int32 and a step (M,) fp32: input ~ step * q. A row that is not finite: NaN, zeros.
+    """Rows of `input` (M, IN) as integers q (M, IN) int32 and a step (M,) fp32: input ~ step * q. Not finite: NaN, zeros.
 
-    The step (max - min) / 255, taken over the row and 0, puts a row into 8 bits. It is halved, up to INT8_HALVINGS times, while few
-    numbers lie outside a window of 256 steps, which begins at the least, but at most 128 below zero. A number e steps outside costs
-    ceil(e / 256) products more than its own; of the columns 16 f + l of a block of 128, those of one l whose f are all even or all
-    odd share these on each side. At most max(2, blocks) may be needed, which is a 32nd of all products.
+    The step (max - min) / 255, taken over the row and 0, puts a row into 8 bits. It is halved, up to INT8_HALVINGS times, while
+    few numbers lie outside a window of 256 steps, which begins at the least, but at most 128 below zero. A number e steps outside
+    costs ceil(e / 256) products more than its own; of the columns 16 f + l of a block of 128, those of one l whose f are all even
+    or all odd share these on each side. At most max(2, blocks) may be needed, which is a 32nd of all products.
     """
     x = F.pad(input.float(), (0, -input.shape[1] % 128 or (128 if input.shape[1] == 0 else 0)))
     blocks = x.shape[1] // 128

@@ -1,8 +1,8 @@
 """Checkpoints of any size, quantized as a stream, and checked."""
 
-from ..files import MANIFEST, DamagedError
+from ..files import MANIFEST, DamagedError, find_source
 from .curves import CURVES
-from .plan import find_source, in_child, make_plan
+from .plan import in_child, make_plan
 from .quantize import choose_device, decide, quantize_checkpoint
 from .ranks import LeadFailed, RankDied, Ranks
 from .verify import verify_checkpoint

@@ -27,38 +27,17 @@ from ..files import (
     WEIGHTS,
     CheckpointError,
     StoredTensor,
-    cache_of,
     file_record,
     files_below,
-    looks_local,
-    model_folder,
-    one_line,
+    files_left_out,
+    side_files,
     stored_tensors,
 )
 from ..hf import hub_id, kept_names, model_dtype
 from ..quantization import Budget, KMQConfig, Plan, encoded_shapes, find_budget, plan, refuse_unmatched, remarks, swap
-from .side_files import NOT_DOWNLOADED, files_left_out, side_files
 
 SHARD_BYTES = 256_000_000
 T = TypeVar("T")
-
-
-def find_source(model: str, revision: str | None = None) -> tuple[Path, Path | None]:
-    """The folder of a model, and the `root` for `make_plan`: `model` itself, or what huggingface_hub downloads for a hub id.
-
-    Raises CheckpointError where there is neither.
-    """
-    path = Path(model)
-    if path.exists() or looks_local(model):
-        return path, cache_of(path)
-    from huggingface_hub import snapshot_download
-
-    folder = model_folder(model, revision)
-    try:
-        folder = folder or Path(snapshot_download(model, revision=revision, ignore_patterns=list(NOT_DOWNLOADED)))
-    except Exception as error:  # no network, no such model, no permission: each has its own class
-        raise CheckpointError(f"{model}: no such folder, and the hub does not give it ({one_line(error)})") from None
-    return folder, folder.parent.parent  # the files of a snapshot are links into the cache of the repository
 
 
 class Output(NamedTuple):

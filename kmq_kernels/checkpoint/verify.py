@@ -12,11 +12,11 @@ from ..files import (
     read_header,
     read_json,
     read_manifest,
+    side_files,
     stored_part,
     stored_tensors,
     verify_files,
 )
-from .side_files import side_files
 from .stream import STATE, tensor_digests
 
 

@@ -133,11 +133,22 @@ OutOption = Annotated[Path, option(OUTPUT, "DIR", "Folder to write.", "-o", "--o
 AsJson = Annotated[bool, option(OUTPUT, "", "Print JSON on standard output, and everything else on standard error.", "--json")]
 Verbose = Annotated[bool, option(OUTPUT, "", "Also show what the libraries say: load reports, warnings.", "-v", "--verbose")]
 
-TASKS = "banking77 (ships with the package), or with --data-dir one of sst2, cola, mrpc, rte, stsb, wnli, qnli, qqp, mnli"
+TASKS = (
+    "banking77 (ships with the package), with --data-dir one of sst2, cola, mrpc, rte, stsb, wnli, qnli, qqp, mnli, or texts: an"
+    " embedder on a --train-file without labels"
+)
 TaskOption = Annotated[str | None, option(DATA, "TASK", f"{TASKS}.", "--task", default="banking77")]
 DataDir = Annotated[Path | None, option(DATA, "DIR", "Folder of the GLUE task's own files, or of GLUE's folders.")]
-TrainFile = Annotated[Path | None, option(DATA, "FILE", "Own training data: csv, tsv or jsonl.")]
-ValidationFile = Annotated[Path | None, option(DATA, "FILE", "Own validation data: csv, tsv or jsonl.")]
+TrainFile = Annotated[
+    Path | None, option(DATA, "FILE", "Own training data: csv, tsv or jsonl; for texts also txt, a text a line.")
+]
+ValidationFile = Annotated[
+    Path | None, option(DATA, "FILE", "Own validation data, likewise; for texts by default a tenth of the training data.")
+]
+PairsFile = Annotated[
+    Path | None,
+    option(DATA, "FILE", "For texts: scored pairs, csv, tsv or jsonl with columns sentence1, sentence2 and score.", "--pairs"),
+]
 TextColumn = Annotated[
     list[str] | None, option(DATA, "NAME", "Column of the text in own files; twice for pairs.", default="text")
 ]
@@ -203,4 +214,8 @@ AssignmentsOption = Annotated[
         default="moving at 1 and 2 bits, but in a preset or a budget; else fixed",
     ),
 ]  # fmt: skip
+TeacherOption = Annotated[
+    str | None,
+    option(TRAINING, "MODEL", "The model in floating point that MODEL was made from: stage 3 follows it.", "--teacher"),
+]
 Seed = Annotated[int, option(TRAINING, "N", "Seed of everything random.")]

@@ -24,7 +24,8 @@ def report(
     from .. import report as reports
 
     if markdown or as_json:
-        found = reports.summaries(reports.collect(folder))
+        records = reports.collect(folder)
+        found = [*reports.summaries(records), *filter(None, reports.quality(records))]
         text = json.dumps([dataclasses.asdict(summary) for summary in found]) if as_json else None
         print(text or "\n".join(reports.markdown(summary) for summary in found))
         return

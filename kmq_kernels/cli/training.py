@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 from .command import Command
-from .layout import pairs, table
+from .layout import pairs as listed
 from .messages import note, quieten
 from .options import (
     DATA,
@@ -38,6 +37,7 @@ from .options import (
     ModelArg,
     OutlierFraction,
     OutOption,
+    PairsFile,
     ProblemOption,
     Rate,
     RowScale,
@@ -46,6 +46,7 @@ from .options import (
     SizeOption,
     Steps,
     TaskOption,
+    TeacherOption,
     TextColumn,
     TrainFile,
     ValidationFile,
@@ -56,6 +57,7 @@ from .options import (
     option,
     refuse_both,
 )
+from .results import results_table, summary_table
 
 TASK_FILE = "task.json"
 
@@ -101,6 +103,7 @@ def run(
     data_dir: DataDir = None,
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
+    pairs: PairsFile = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = "label",
     problem: ProblemOption = None,
@@ -165,6 +168,7 @@ def run(
             TRAINING,
             "N",
             "Optimizer steps of stage 3 with fixed assignments, and of the control.",
+            default="30; 300 for the task texts",
             check=number("second_steps", 1),
         ),
     ] = 30,
@@ -222,8 +226,8 @@ def run(
     if compare is None:
         refuse_both(bits, size, bits_per_weight)
     data = {
-        "data_dir": data_dir, "train_file": train_file, "validation_file": validation_file, "text_column": text_column,
-        "label_column": label_column, "problem": problem, "ignore_label": ignore_label,
+        "data_dir": data_dir, "train_file": train_file, "validation_file": validation_file, "pairs": pairs,
+        "text_column": text_column, "label_column": label_column, "problem": problem, "ignore_label": ignore_label,
     }  # fmt: skip
     _expect_folder(model)
     tasks = [_load_task(name, **dict(data)) for name in (list(dict.fromkeys(task)) if task else [None])]
@@ -232,8 +236,12 @@ def run(
     from .. import training
     from ..files import parse_size
     from ..quantization import KMQConfig
+    from ..tasks import Texts
 
     quieten(verbose)
+    given_steps = Command.given({"second_steps": second_steps}).get("second_steps")
+    if given_steps is None and all(isinstance(each, Texts) for each in tasks):
+        second_steps = training.MOVING_STEPS
     options: dict[str, Any] = {
         "granularity": granularity.value,
         "group_rows": group_rows,
@@ -252,7 +260,7 @@ def run(
         widths: list[dict[str, Any]] = [{"bits": each} for each in bits or []] or [{}]
         configs = [KMQConfig(**kind, **each, **Command.given(options)) for kind in kinds for each in widths]
         asked = None if assignments is None else assignments.value
-        moving_steps = moving_steps or Command.given({"second_steps": second_steps}).get("second_steps", training.MOVING_STEPS)
+        moving_steps = moving_steps or given_steps or training.MOVING_STEPS
         variants = [_variant(config, asked, moving_steps, distill) for config in configs]
     elif compare == "standard":
         variants = training.standard_variants(bits or (1, 2, 3, 4, 8))
@@ -285,14 +293,16 @@ def run(
         single = comparison.run_of(tasks[0], seed, out)
         single.keep_models = keep_models is not False
         results = single()
-        text, written = results_table(results), out / "results.json"
+        found = reports.collect(out)
+        text = "\n\n".join([results_table(results), *map(summary_table, filter(None, reports.quality(found)))])
+        written = out / "results.json"
         content: Any = results
         everything = [results]
     else:
         comparison.keep_models = keep_models is True
         content = everything = comparison()
-        found = reports.summaries(reports.collect(out))
-        text = "\n\n".join(summary_table(each) for each in found)
+        found = reports.collect(out)
+        text = "\n\n".join(map(summary_table, [*reports.summaries(found), *filter(None, reports.quality(found))]))
         written = reports.write_report(out)
     print(json.dumps(content) if as_json else f"\n{text}\n\nwritten: {written}")
     if sentences := [sentence for results in everything for sentence in training.stopped_stages(results)]:
@@ -308,7 +318,7 @@ def _name(config: Any) -> str:
     return name
 
 
-def _variant(config: Any, asked: str | None, moving_steps: int, distill: bool | None) -> Any:
+def _variant(config: Any, asked: Any, moving_steps: int, distill: bool | None) -> Any:
     """A configuration of `run` with its stage 3; asked: what is done with the indices, None for what suits the bits."""
     from .. import training
 
@@ -323,58 +333,13 @@ def _variant(config: Any, asked: str | None, moving_steps: int, distill: bool | 
     )
 
 
-def summary_table(summary: Any) -> str:
-    """The table of a comparison, or as many of its columns as a narrow screen shows: mean and standard error, and size."""
-    for shown in (9, 6, 5, 3):
-        text = table(summary.columns[:shown], (row[:shown] for row in summary.rows), summary.title, blocks=False)
-        if text:
-            break
-    return text or table(summary.columns, summary.rows, summary.title)
-
-
-def results_table(results: dict[str, Any]) -> str:
-    """The table of a run: one row a model; bits per weight, MB on disk, times smaller than fp32, seconds of stages 2 and 3."""
-    metric = results["metric"]
-
-    def size(facts: dict[str, Any]) -> tuple[str, ...]:
-        return f"{facts['bits_per_weight']:.2f}", f"{facts['bytes_on_disk'] / 1e6:.2f}", f"{facts['ratio']:.2f}x"
-
-    def value(facts: dict[str, Any] | None) -> str:
-        if facts is not None and "stopped" in facts:
-            return "diverged"
-        return "" if facts is None else f"{facts['metrics'][metric]:.4f}"
-
-    first, control = results["stage1"], results["control"]
-    rows = [(f"fp32 ({first['seconds']:.0f} s)", value(first), "", *size(first), "", "")]
-    if control is not None:
-        rows.append(
-            (
-                "fp32, control",
-                "",
-                value(control),
-                *size(first if "stopped" in control else control),
-                "",
-                f"{control['seconds']:.0f}",
-            )
-        )
-    for name, stages in results["quantized"].items():
-        second, third = stages["stage2"], stages["stage3"]
-        if second is None:  # asked for, and not finished yet
-            continue
-        took = "" if third is None else f"{third['seconds']:.0f}"
-        last = second if third is None or "stopped" in third else third
-        rows.append((name, value(second), value(third), *size(last), f"{second['seconds']:.1f}", took))
-    columns = ("model", "after stage 2", "after stage 3", "bits per weight", "MB", "ratio", "s, stage 2", "s, stage 3")
-    request = results["request"]
-    return table(columns, rows, f"{request['model']} on {request['task']}: {metric.replace('_', ' ')}")
-
-
 def finetune(
     model: ModelArg = "minilm",
     task: TaskOption = None,
     data_dir: DataDir = None,
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
+    pairs: PairsFile = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = "label",
     problem: ProblemOption = None,
@@ -392,17 +357,25 @@ def finetune(
             check=number("codebook_lr_mult", 0.0, above=True),
         ),
     ] = 5.0,
+    latent_lr_mult: LatentRate = 4.0,
+    assignments: AssignmentsOption = None,
+    teacher: TeacherOption = None,
     seed: Seed = 0,
     out: OutOption = Path("kmq-finetuned"),
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Fine-tune MODEL on a task; a quantized model keeps its quantization (that is stage 3)."""
+    """Fine-tune MODEL on a task; a quantized model stays quantized (that is stage 3).
+
+    With --teacher it follows the model that it was made from; on the task texts, which has no labels, that is all it does.
+    """
     if out.exists():
         raise ValueError(f"out: {out}: it exists; choose another folder or remove it")
     _expect_folder(model)
+    if teacher is not None:
+        _expect_folder(teacher)
     data = _load_task(
-        task, data_dir=data_dir, train_file=train_file, validation_file=validation_file, text_column=text_column,
+        task, data_dir=data_dir, train_file=train_file, validation_file=validation_file, pairs=pairs, text_column=text_column,
         label_column=label_column, problem=problem, ignore_label=ignore_label,
     )  # fmt: skip
     from .. import training
@@ -414,16 +387,14 @@ def finetune(
         batch_size=batch_size,
         learning_rate=learning_rate,
         codebook_lr_mult=codebook_lr_mult,
+        latent_lr_mult=latent_lr_mult,
         max_length=max_length,
         seed=seed,
     )
-    network, tokenizer = training.load_for_task(training.resolve_model(model), data, seed)
+    kind: Any = None if assignments is None else assignments.value
+    source, followed = training.resolve_model(model), None if teacher is None else training.resolve_model(teacher)
     with publish(out) as partial:
-        scratch = partial / "trainer"
-        training.finetune(network, tokenizer, data, settings, scratch)
-        metrics = training.evaluate(network, tokenizer, data, settings, scratch)
-        shutil.rmtree(scratch, ignore_errors=True)
-        training.save(network, tokenizer, partial)
+        metrics = training.finetune_folder(source, data, settings, partial, followed, kind)
         write_json(partial / TASK_FILE, data.source)
     _print_metrics(metrics, as_json)
     if not as_json:
@@ -436,11 +407,13 @@ def evaluate(
     data_dir: DataDir = None,
     train_file: TrainFile = None,
     validation_file: ValidationFile = None,
+    pairs: PairsFile = None,
     text_column: TextColumn = None,
     label_column: LabelColumn = "label",
     problem: ProblemOption = None,
     ignore_label: IgnoreLabel = None,
     max_length: MaxLength = 64,
+    teacher: TeacherOption = None,
     compute: Annotated[
         Compute | None,
         option(MODEL, "float|int8", "Run the packed encoder in one call of compiled code, with this arithmetic."),
@@ -451,11 +424,11 @@ def evaluate(
     """The task's metrics of a model folder.
 
     A folder of `kmq run` or `kmq finetune` knows its task. Own data needs a validation file only: its labels are the classes of
-    the model.
+    the model. For texts, --teacher is what is measured against; in a folder of `kmq run` it is the model there.
     """
     import tempfile
 
-    given = {"data_dir": data_dir, "train_file": train_file, "validation_file": validation_file}
+    given = {"data_dir": data_dir, "train_file": train_file, "validation_file": validation_file, "pairs": pairs}
     if task is None and not any(given.values()):
         data = _task_of(model)
     else:
@@ -466,6 +439,13 @@ def evaluate(
     from ..layers import optimize_
 
     quieten(verbose)
+    settings = training.TrainingSettings(max_length=max_length)
+    if isinstance(data, training.Texts):
+        if compute is not None:
+            raise ValueError("compute: embeddings are measured with the layers as they are; leave the option out")
+        source = training.resolve_model(teacher) if teacher else _beside(model)
+        _print_metrics(training.evaluate_embedder(str(model), data, source, settings), as_json)
+        return
     tokenizer = training.load_tokenizer(str(model)) if model.is_dir() else None
     network = hf.load(model)
     if not hasattr(network.config, "id2label") or not type(network).__name__.endswith("ForSequenceClassification"):
@@ -474,8 +454,16 @@ def evaluate(
     if compute is not None:
         optimize_(network, compute.value)
     with tempfile.TemporaryDirectory() as scratch:
-        metrics = training.evaluate(network, tokenizer, data, training.TrainingSettings(max_length=max_length), Path(scratch))
+        metrics = training.evaluate(network, tokenizer, data, settings, Path(scratch))
     _print_metrics(metrics, as_json)
+
+
+def _beside(model: Path) -> str:
+    """The model in floating point of the run that a folder is of."""
+    for folder in model.resolve().parents[:2]:
+        if (folder / TASK_FILE).is_file() and (folder / "stage1").is_dir():
+            return str(folder / "stage1")
+    raise ValueError("teacher: embeddings are measured against the model in floating point; say which it is")
 
 
 def _classes_of(model: Path) -> tuple[str, ...]:
@@ -508,4 +496,4 @@ def _task_of(model: Path) -> Any:
 
 
 def _print_metrics(metrics: dict[str, float], as_json: bool) -> None:
-    print(json.dumps(metrics) if as_json else pairs((name, f"{value:.4f}") for name, value in metrics.items()))
+    print(json.dumps(metrics) if as_json else listed((name, f"{value:.4f}") for name, value in metrics.items()))

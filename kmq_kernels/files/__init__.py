@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 from ..imports import on_first_use
 
 if TYPE_CHECKING:
+    from .beside import NOT_DOWNLOADED, files_left_out, side_files
     from .content import file_record
-    from .hub import looks_local, model_folder
+    from .hub import find_source, looks_local, model_folder
     from .json import dump_json, parse_json, read_json
     from .locking import locked
     from .manifest import MANIFEST, DamagedError, check_files, manifest_digest, read_manifest, verify_files
@@ -33,6 +34,7 @@ __all__ = [
     "DTYPE_NAMES",
     "INDEX",
     "MANIFEST",
+    "NOT_DOWNLOADED",
     "OTHER_WEIGHTS",
     "PICKLES",
     "WEIGHTS",
@@ -44,6 +46,8 @@ __all__ = [
     "dump_json",
     "file_record",
     "files_below",
+    "files_left_out",
+    "find_source",
     "header_bytes",
     "locked",
     "looks_local",
@@ -59,6 +63,7 @@ __all__ = [
     "read_header",
     "read_json",
     "read_manifest",
+    "side_files",
     "stored_part",
     "stored_tensors",
     "sync",
@@ -70,8 +75,9 @@ __all__ = [
 __getattr__, __dir__ = on_first_use(
     __name__,
     {
+        "beside": ("NOT_DOWNLOADED", "files_left_out", "side_files"),
         "content": ("file_record",),
-        "hub": ("looks_local", "model_folder"),
+        "hub": ("find_source", "looks_local", "model_folder"),
         "json": ("dump_json", "parse_json", "read_json"),
         "locking": ("locked",),
         "manifest": ("MANIFEST", "DamagedError", "check_files", "manifest_digest", "read_manifest", "verify_files"),

@@ -7,7 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from .opening import CheckpointError, one_line
+from .beside import NOT_DOWNLOADED
+from .opening import CheckpointError, cache_of, one_line
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -42,6 +43,25 @@ def model_folder(model: str, revision: str | None = None) -> Path | None:
         return Path(snapshot_download(model, revision=revision, local_files_only=True))
     except Exception:
         raise CheckpointError(f"{model}: no such model folder, and {reason}{_nearest(path)}") from None
+
+
+def find_source(model: str, revision: str | None = None) -> tuple[Path, Path | None]:
+    """The folder of a model, `model` itself or what huggingface_hub downloads for a hub id, and what its links may not lead out
+    of (None: the folder).
+
+    Raises CheckpointError where there is neither.
+    """
+    path = Path(model)
+    if path.exists() or looks_local(model):
+        return path, cache_of(path)
+    from huggingface_hub import snapshot_download
+
+    folder = model_folder(model, revision)
+    try:
+        folder = folder or Path(snapshot_download(model, revision=revision, ignore_patterns=list(NOT_DOWNLOADED)))
+    except Exception as error:  # no network, no such model, no permission: each has its own class
+        raise CheckpointError(f"{model}: no such folder, and the hub does not give it ({one_line(error)})") from None
+    return folder, folder.parent.parent  # the files of a snapshot are links into the cache of the repository
 
 
 def _nearest(path: Path) -> str:

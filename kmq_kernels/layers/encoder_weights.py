@@ -96,7 +96,8 @@ def integer_form(layer: CodebookLinear) -> IntegerForm:
     factor = scale.repeat_interleave(layer.group_rows)[: layer.rows]
     if layer.row_scale is not None:
         factor = factor * layer.row_scale.float()
-    index, values = layer.outlier_index, layer.outlier_values
+    index: Tensor | None = layer.outlier_index
+    values: Tensor | None = layer.outlier_values
     # What the table leaves out; a stored outlier stands above its codebook's entry.
     left_out = (table == 0) & (layer.codebook.abs() > 64 * scale[:, None])
     if left_out.any():

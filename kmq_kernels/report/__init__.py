@@ -1,6 +1,6 @@
 """The tables and the page of what was run."""
 
 from .page import page, write_report
-from .tables import ReportError, Summary, Value, collect, markdown, summaries
+from .tables import ReportError, Summary, Value, collect, markdown, quality, summaries
 
-__all__ = ["ReportError", "Summary", "Value", "collect", "markdown", "page", "summaries", "write_report"]
+__all__ = ["ReportError", "Summary", "Value", "collect", "markdown", "page", "quality", "summaries", "write_report"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..files import dump_json, publish_file
 from .charts import accuracy_chart, escape, marker_shape, series_style, stage1_chart, training_chart
-from .tables import STAGES, Group, Record, Summary, collect, configuration_names, family, grouped, summaries
+from .tables import STAGES, Group, Record, Summary, collect, configuration_names, family, grouped, quality, summaries
 
 HERE = Path(__file__).parent
 
@@ -64,12 +64,12 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 def page(records: Sequence[Record]) -> str:
     """The page as text."""
     groups = grouped(records)
-    tables = summaries(records)
+    tables, qualities = summaries(records), quality(records)
     data, sections = [], []
     for number, group in enumerate(groups):
         layers = layer_data(group.runs)
         data.append(layers)
-        sections.append(_section(number, group, tables[number], bool(layers["configurations"])))
+        sections.append(_section(number, group, tables[number], qualities[number], bool(layers["configurations"])))
     seeds = sorted({record.seed for record in records})
     names = [group.task + (f" ({group.detail})" if group.detail else "") for group in groups]
     links = "".join(f'<a href="#task{i}">{escape(name)}</a> ' for i, name in enumerate(names))
@@ -93,7 +93,7 @@ def _lead(runs: int, seeds: Sequence[int]) -> str:
     return text if len(seeds) == 1 else f"{text} Figures are means over the seeds ± their standard error."
 
 
-def _section(number: int, group: Group, table: Summary, layers: bool) -> str:
+def _section(number: int, group: Group, table: Summary, all_metrics: Summary | None, layers: bool) -> str:
     runs = group.runs
     families = list(dict.fromkeys(family(name) for name in configuration_names(runs)))
     style = series_style(families)
@@ -112,6 +112,8 @@ def _section(number: int, group: Group, table: Summary, layers: bool) -> str:
         accuracy_chart(runs, style),
         _table(table),
     ]
+    if all_metrics is not None:
+        parts += ["<h3>Quality</h3>", _table(all_metrics, "Every metric beside that of the fp32 model.")]
     if layers:
         parts.append(_layer_controls(number))
     curves = [("Stage 1, a line for each seed", stage1_chart(runs))]
@@ -126,14 +128,16 @@ def _swatch(colour: str, marker: str) -> str:
     return f'<svg class="swatch" viewBox="0 0 16 16" aria-hidden="true">{marker_shape(marker, 8, 8, colour, True)}</svg>'
 
 
-def _table(table: Summary) -> str:
+CONTROL = "Stage 3 of the fp32 row is the control: the fp32 model fine-tuned for the steps of stage 3."
+
+
+def _table(table: Summary, note: str = CONTROL) -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
     rows = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
         for row in table.rows
     )
     title = escape(table.title)
-    note = "Stage 3 of the fp32 row is the control: the fp32 model fine-tuned for the steps of stage 3."
     return (
         f'<p class="note">{title}. {note}</p><div class="wide" tabindex="0"><table aria-label="{title}">'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"

@@ -239,6 +239,27 @@ def summaries(records: Sequence[Record]) -> list[Summary]:
     return tables
 
 
+def quality(records: Sequence[Record]) -> list[Summary | None]:
+    """For each group of runs a table of all metrics beside those of the fp32 model; None where there is one metric only."""
+    tables: list[Summary | None] = []
+    for group in grouped(records):
+        runs = group.runs
+        first = once_a_seed((run, run.results["stage1"]) for run in runs)
+        names = list(dict.fromkeys(name for facts in measured(runs, first) for name in facts["metrics"]))
+        rows = [("fp32", *_metrics(names, measured(runs, first)))]
+        stages = [(name, stage) for name in configuration_names(runs) for stage in STAGES]
+        found = [(name, stage, measured(runs, stage_facts(runs, name, stage))) for name, stage in stages]
+        rows += [(f"{name}, stage {stage[-1]}", *_metrics(names, facts)) for name, stage, facts in found if facts]
+        columns = ("model", *(name.replace("_", " ") for name in names))
+        tables.append(Summary(f"{group.title}: quality", columns, tuple(rows)) if len(names) > 1 else None)
+    return tables
+
+
+def _metrics(names: Sequence[str], facts: Sequence[dict[str, Any]]) -> list[str]:
+    found = [tuple(float(each["metrics"][name]) for each in facts if name in each["metrics"]) for name in names]
+    return [str(Value(values)) if values else "" for values in found]
+
+
 def _row(name: str, runs: Sequence[Record], second: Sequence[dict[str, Any]], third: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """second, third: figures of the stages before and after the fine-tuning that the columns are called by."""
     trained = measured(runs, third)

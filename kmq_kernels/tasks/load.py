@@ -18,6 +18,7 @@ from .errors import TaskError
 from .labels import match_classes
 from .reading import Split, integer_spelling, nearest, not_finite, number, read_split, refuse_rows
 from .task import Task
+from .texts import TEXTS, Texts, load_texts
 
 BANKING77 = Path(__file__).parent / "banking77"
 
@@ -102,7 +103,8 @@ def load_task(
     problem: Problem | None = None,
     ignore_labels: Collection[str] = (),
     model_classes: Sequence[str] | None = None,
-) -> Task:
+    pairs: Path | str | None = None,
+) -> Task | Texts:
     """The task by `name`, or made of `train_file` and `validation_file` (which need no name).
 
     name: "banking77" (where nothing is named), or a GLUE task in any usual spelling ("sst2", "SST-2", ...) with `data_dir`, the
@@ -110,7 +112,7 @@ def load_task(
     sentence pairs. In own files, labels are classes in sorted order; a number with a fraction anywhere in the training file's
     label column makes a regression, unless `problem` says what it is. ignore_labels: rows of own files with these labels are
     left out. model_classes: names of the classes of the model that is to be evaluated (one for a regression), which then needs
-    no training file.
+    no training file. "texts" has no labels: texts for an embedder, see `Texts`. pairs: a file of scored pairs for it.
     Raises TaskError for everything that is wrong with the name or the files, ImportError where [train] is not installed.
     """
     require_packages()
@@ -118,6 +120,16 @@ def load_task(
     if problem not in (None, "classification", "regression"):
         raise TaskError(f"problem: expected classification or regression, got {problem!r}.")
     ignored = (ignore_labels,) if isinstance(ignore_labels, str) else tuple(map(str, ignore_labels))
+    if key == TEXTS:
+        if problem is not None or ignored:
+            raise TaskError(f"{'problem' if problem else 'ignore_labels'}: the task texts has no labels.")
+        if data_dir is not None:
+            raise TaskError("data_dir: it holds the files of a GLUE task; the task texts takes a training file.")
+        if isinstance(text_columns, str) or len(text_columns) != 1:
+            raise TaskError(f"text_columns: the task texts takes one column, got {text_columns!r}.")
+        return load_texts(train_file, validation_file, text_columns[0], pairs)
+    if pairs is not None:
+        raise TaskError("pairs: scored pairs measure an embedder; they go with the task texts.")
     if train_file is not None or validation_file is not None:
         if key:
             raise TaskError(f"name: give either the task {name!r} or own files, not both.")
@@ -148,7 +160,9 @@ def load_task(
         return _banking77()
     if key not in GLUE:
         known = ["banking77", *GLUE]
-        more = f"the tasks are {', '.join(known)}, or your own training and validation file{nearest(key, known)}"
+        more = (
+            f"the tasks are {', '.join(known)}, or your own training and validation file, or texts{nearest(key, [*known, TEXTS])}"
+        )
         raise TaskError(f"name: unknown task {name!r}; {more}.")
     if data_dir is None:
         raise TaskError(f"data_dir: the task {key} needs a data folder that holds its GLUE files.")

@@ -132,20 +132,9 @@ def read_split(
     """
     if not path.is_file():
         raise TaskError(f"The data file {path} does not exist.")
-    content = _decoded(path)
-    records = _json_records(path, content) if path.suffix.lower() == ".jsonl" else _delimited_records(path, content)
-    if records and (columns is None or {*text_columns, label_column} <= set(records[0][1])):
-        columns = records.pop(0)[1]
-    if not columns:
-        raise TaskError(f"The data file {path} is empty.")
-    if not records:
-        raise TaskError(f"The data file {path} has no examples.")
-    for argument, names in (("text_columns", text_columns), ("label_column", (label_column,))):
-        for name in names:
-            if name not in columns:
-                known = ", ".join(map(str, columns))
-                raise TaskError(f"{argument}: {path} has no column {name!r}; its columns are {known}{nearest(name, columns)}.")
-    positions = [columns.index(name) for name in (*text_columns, label_column)]
+    columns, records = read_records(path, columns, {*text_columns, label_column})
+    positions = column_positions(path, columns, "text_columns", text_columns)
+    positions += column_positions(path, columns, "label_column", (label_column,))
 
     no_label = ("", "-") if skip_malformed else ("",)
     lines: list[int] = []
@@ -186,8 +175,8 @@ def _problem(texts: dict[str, Any], label_column: str, label: Any, no_label: tup
             problem = f"the text {name!r} is empty"
         elif not isinstance(text, str):
             problem = f"the text {name!r} is not a string but {text}"
-        elif half := _SURROGATE.search(text):
-            problem = f"the text {name!r} holds half a character ({half[0]!r}), which no tokenizer reads"
+        elif half := half_characters(name, text):
+            problem = half
     if label is None or str(label).strip() in no_label:
         problem = f"the label {label_column!r} is missing"
     elif isinstance(label, (float, Decimal)) and not_finite(str(label)):
@@ -199,7 +188,41 @@ def _problem(texts: dict[str, Any], label_column: str, label: Any, no_label: tup
     return problem
 
 
-def _decoded(path: Path) -> str:
+def half_characters(name: str, text: str) -> str:
+    """What is wrong with a text that holds half of a pair of surrogates; "" for any other."""
+    half = _SURROGATE.search(text)
+    return f"the text {name!r} holds half a character ({half[0]!r}), which no tokenizer reads" if half else ""
+
+
+def read_records(
+    path: Path, columns: Sequence[str] | None = None, wanted: Collection[str] = ()
+) -> tuple[Sequence[str], list[tuple[int, list[Any]]]]:
+    """Columns and (line, values) of every row of a csv, tsv or jsonl file.
+
+    columns: those of a file without a header line; a first line that does name the `wanted` ones is taken as the header.
+    """
+    content = decoded(path)
+    records = _json_records(path, content) if path.suffix.lower() == ".jsonl" else _delimited_records(path, content)
+    if records and (columns is None or set(wanted) <= set(records[0][1])):
+        columns = records.pop(0)[1]
+    if not columns:
+        raise TaskError(f"The data file {path} is empty.")
+    if not records:
+        raise TaskError(f"The data file {path} has no examples.")
+    return columns, records
+
+
+def column_positions(path: Path, columns: Sequence[str], argument: str, names: Sequence[str]) -> list[int]:
+    """Where the columns `names` stand; raises TaskError, which begins with the argument that names them, where one is missing."""
+    for name in names:
+        if name not in columns:
+            known = ", ".join(map(str, columns))
+            raise TaskError(f"{argument}: {path} has no column {name!r}; its columns are {known}{nearest(name, columns)}.")
+    return [columns.index(name) for name in names]
+
+
+def decoded(path: Path) -> str:
+    """The content of a file of UTF-8; raises TaskError naming the lines that are not."""
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")

@@ -116,7 +116,7 @@ def _metric(metric: str, predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def tokenize(task_split: Dataset, tokenizer: Any, max_length: int) -> Dataset:
-    """A split of a Task -> input_ids, attention_mask, token_type_ids (if the tokenizer has them) and labels.
+    """A split -> input_ids, attention_mask, token_type_ids (if the tokenizer has them) and labels (if the split has them).
 
     Truncated to max_length, not padded.
     """
@@ -137,6 +137,9 @@ def tokenize(task_split: Dataset, tokenizer: Any, max_length: int) -> Dataset:
             return_attention_mask=True,
         )
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded]
-        features = Features({name: ListOf(Value("int32")) for name in names} | {"labels": task_split.features["label"]})
-        parts.append(Dataset.from_dict({name: encoded[name] for name in names} | {"labels": batch["label"]}, features=features))
+        columns = {name: encoded[name] for name in names}
+        features = {name: ListOf(Value("int32")) for name in names}
+        if "label" in task_split.column_names:
+            columns["labels"], features["labels"] = batch["label"], task_split.features["label"]
+        parts.append(Dataset.from_dict(columns, features=Features(features)))
     return concatenate_datasets(parts)

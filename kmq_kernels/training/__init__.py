@@ -1,6 +1,6 @@
 """The three stages on transformers' Trainer, and comparisons of many configurations."""
 
-from ..tasks import Task, TaskError, load_task, tokenize
+from ..tasks import Task, TaskError, Texts, load_task, tokenize
 from .comparison import Comparison, Variant, read_variants, standard_variants
 from .distillation import distillation_loss
 from .finetune import calibration_batches, evaluate, finetune, parameter_groups
@@ -8,6 +8,7 @@ from .models import EMBEDDED_ID, EMBEDDED_MODEL, check_fits, load_for_task, load
 from .moving import MOVING_STEPS, default_assignments, moving
 from .run import Run, stopped_stages
 from .settings import DivergedError, PipelineError, SensitivitySettings, TrainingSettings
+from .single import evaluate_embedder, finetune_folder
 
 __all__ = [
     "EMBEDDED_ID",
@@ -20,6 +21,7 @@ __all__ = [
     "SensitivitySettings",
     "Task",
     "TaskError",
+    "Texts",
     "TrainingSettings",
     "Variant",
     "calibration_batches",
@@ -27,7 +29,9 @@ __all__ = [
     "default_assignments",
     "distillation_loss",
     "evaluate",
+    "evaluate_embedder",
     "finetune",
+    "finetune_folder",
     "load_for_task",
     "load_task",
     "load_tokenizer",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..quantization import KMQConfig
-from ..tasks import Task
+from ..tasks import Task, Texts
 from .moving import check_assignments
 from .run import Run, log
 from .settings import Assignments, PipelineError, SensitivitySettings, TrainingSettings
@@ -96,7 +96,7 @@ class Comparison:
     """A list of configurations for several tasks and seeds: one `Run` for each task and seed, which share nothing but OUT."""
 
     model: str
-    tasks: Sequence[Task]
+    tasks: Sequence[Task | Texts]
     out: Path
     variants: Sequence[Variant]
     seeds: Sequence[int]
@@ -120,13 +120,18 @@ class Comparison:
                 run.check()
         return [run() for run in runs]
 
-    def run_of(self, task: Task, seed: int, out: Path) -> Run:
+    def run_of(self, task: Task | Texts, seed: int, out: Path) -> Run:
         """The run of one task and seed, in the folder `out`."""
 
-        common = dataclasses.replace(self.stage3, seed=seed)
+        plain = isinstance(task, Texts)  # nothing to follow but the model itself
+        common = dataclasses.replace(self.stage3, seed=seed, distill=self.stage3.distill or plain)
 
         def stage3(variant: Variant) -> TrainingSettings | None:
-            own = {"distill": variant.distill, "assignments": variant.assignments, "steps": variant.steps or common.steps}
+            own: dict[str, Any] = {
+                "distill": variant.distill or plain,
+                "assignments": variant.assignments,
+                "steps": variant.steps or common.steps,
+            }
             return dataclasses.replace(common, **own) if variant.stage3 else None
 
         return Run(
@@ -137,7 +142,7 @@ class Comparison:
             stage1=dataclasses.replace(self.stage1, seed=seed),
             stage3=common,
             stage3_of={v.name: stage3(v) for v in self.variants if stage3(v) != common},
-            control=self.control,
+            control=self.control and not plain,
             command=self.command,
             announce=lambda text: self.announce(text if out == self.out else f"{task.name}, seed {seed}: {text}"),
             sensitivity=self.sensitivity,

@@ -18,9 +18,10 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..layers import CodebookModule
-from ..tasks import Task, class_names, tokenize
+from ..tasks import Task, Texts, class_names, tokenize
 from ..terminal import draws_bars
 from .distillation import Teacher
+from .embedders import EmbeddingTeacher
 from .models import check_fits
 from .moving import Settle, moving
 from .settings import DivergedError, PipelineError, TrainingSettings
@@ -231,12 +232,33 @@ def finetune(
     """
     if settings.distill and teacher is None:
         raise PipelineError("distill: expected a model to distill from; `kmq run` has one, the model of stage 1")
-    if not len(task.train):
-        raise PipelineError(f"train_file: {task.name} has no training set")
+    _require_texts(task)
     task = _task_for(model, tokenizer, task, settings.max_length)
     train = _tokens(f"{task.name}, training set", task.train, tokenizer, settings.max_length)
     follows = Teacher(teacher) if settings.distill else None
     return _train(model, tokenizer, settings, scratch, train, follows, teacher, title)
+
+
+def _require_texts(task: Task | Texts) -> None:
+    if not len(task.train):
+        raise PipelineError(f"train_file: {task.name} has no training set")
+
+
+def distil(
+    model: Any,
+    tokenizer: Any,
+    task: Texts,
+    settings: TrainingSettings,
+    scratch: Path,
+    teacher: EmbeddingTeacher,
+    title: str = "distil",
+) -> list[float]:
+    """Trains a quantized embedder in place to follow the one that it was made from on plain texts; returns the loss of every
+    step. The arguments and what is raised: as of `finetune`."""
+    _require_texts(task)
+    check_fits(model, tokenizer, settings.max_length)
+    train = _tokens(f"{task.name}, training set", task.train, tokenizer, settings.max_length)
+    return _train(model, tokenizer, settings, scratch, train, teacher, teacher.model, title)
 
 
 def _train(
@@ -263,7 +285,7 @@ def _train(
 
 
 def calibration_batches(
-    task: Task, tokenizer: Any, batch_size: int, count: int, max_length: int, seed: int
+    task: Task | Texts, tokenizer: Any, batch_size: int, count: int, max_length: int, seed: int
 ) -> list[dict[str, torch.Tensor]]:
     """`count` batches drawn from the training set, texts of similar length together; the same for the same seed."""
     size = min(batch_size * count, len(task.train))

@@ -11,14 +11,15 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from ..files import INDEX, OTHER_WEIGHTS, WEIGHTS, CheckpointError, file_record, one_line, weight_files
-from ..tasks import Task
+from ..tasks import Task, Texts
 
 _ROWS = 4096  # at a time
 
 
-def data_digests(task: Task) -> dict[str, str]:
+def data_digests(task: Task | Texts) -> dict[str, str]:
     """SHA-256 of the rows of the training set and of every evaluation set, in their order, by the name of the set."""
-    return {name: _rows_digest(split) for name, split in {"train": task.train, **task.evaluation}.items()}
+    pairs = {"pairs": task.pairs} if isinstance(task, Texts) and task.pairs is not None else {}
+    return {name: _rows_digest(split) for name, split in {"train": task.train, **task.evaluation, **pairs}.items()}
 
 
 def _rows_digest(split: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from ..files import CheckpointError, model_folder, one_line
+from ..files import CheckpointError, model_folder, one_line, side_files
 from ..hf import Quality, checkpoint_files, hub_id, save_card
 from ..quantization import KMQConfig, classification_layers
-from ..tasks import Task, class_names, match_classes, shown
+from ..tasks import Task, Texts, class_names, match_classes, shown
 from .settings import PipelineError
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def load_for_task(path: str, task: Task, seed: int) -> tuple[Any, Any]:
     configuration asks for, and where there is no tokenizer.
     """
     if Path(path).exists() or os.sep in path.strip("."):
-        _require_weights(Path(path))
+        require_weights(Path(path))
     tokenizer = load_tokenizer(path)
     transformers.set_seed(seed)
     options: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": "regression"}
@@ -146,7 +147,8 @@ def _renew(model: Any, names: list[str], shapes: dict[str, torch.Size] | None = 
         model._init_weights(model.get_submodule(module_name))
 
 
-def _require_weights(path: Path) -> None:
+def require_weights(path: Path) -> None:
+    """Raises CheckpointError where a folder has no weights, or one of their files is missing or damaged."""
     if not list(path.glob("*.bin")):
         checkpoint_files(path)
 
@@ -159,22 +161,40 @@ def folder_bytes(folder: Path) -> int:
 _DATASETS = {"banking77": ("PolyAI/banking77", "Banking77")}
 
 
-def quality_of(task: Task, metrics: dict[str, float], fp32: dict[str, float] | None) -> Quality:
+def quality_of(task: Task | Texts, metrics: dict[str, float], fp32: dict[str, float] | None) -> Quality:
     """What the card says of metrics on a task."""
+    if isinstance(task, Texts):
+        return Quality(task.name, task.name, "sentence-similarity", metrics, fp32)
     glue = "data_dir" in task.source and task.source.get("data_dir") is not None
     dataset, name = _DATASETS.get(task.name, ("nyu-mll/glue", f"GLUE {task.name}") if glue else (task.name, task.name))
     return Quality(dataset, name, "text-classification", metrics, fp32)
 
 
 def save(
-    model: Any, tokenizer: Any, folder: Path, *, source: str | None = None, name: str = "", quality: Quality | None = None
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    source: str | None = None,
+    name: str = "",
+    quality: Quality | None = None,
+    beside: tuple[Path, Path | None] | None = None,
 ) -> None:
     """Model, tokenizer and, for a quantized model, its card.
 
     source: folder or hub id of the model that everything began with; name: as it was given. quality: what was measured.
+    beside: a folder whose other files come along, and what its links may not lead out of, as `find_source` gives them: the
+    modules of sentence-transformers, their weights and settings.
     """
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if beside is not None:
+        place, root = beside
+        own = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} | {"README.md"}
+        for other in side_files(place, root or place):
+            if other not in own:
+                (folder / other).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(place / other, folder / other)
     if isinstance(getattr(model.config, "quantization_config", None), KMQConfig):
         base = EMBEDDED_ID if name == EMBEDDED_MODEL and not Path(name).exists() else hub_id(name)
         save_card(model, folder, quality=quality, source=source, base_model=base, made_by="kmq run")

@@ -29,14 +29,24 @@ def check_assignments(assignments: Assignments, config: KMQConfig) -> None:
         raise PipelineError("assignments: preset 'paper' keeps its indices fixed in stage 3, got 'moving'")
 
 
-def _weights(modules: dict[str, CodebookModule], source: Any) -> dict[str, torch.Tensor]:
-    """The weights of a model in floating point as matrices (rows, cols), by the names of these modules."""
+def matching_weights(model: nn.Module, source: Any) -> dict[str, torch.Tensor]:
+    """The weights of `source`, the model in floating point that `model` was made from, as matrices (rows, cols), by the names of
+    the codebook modules of `model`. Raises PipelineError where `source` is another model."""
     found = {}
-    for name in modules:
-        layer = source.get_submodule(name)
+    for name, module in model.named_modules():
+        if not isinstance(module, CodebookModule):
+            continue
+        try:
+            layer = source.get_submodule(name)
+        except AttributeError:
+            raise PipelineError(f"teacher: it has no layer {name}; expected the model that this one was made from") from None
         kind = kind_of(layer)
-        if kind is not None:
-            found[name] = kind.matrix(layer.weight.detach())
+        if kind is None:
+            raise PipelineError(f"teacher: expected a model in floating point, got a {type(layer).__name__} as {name}")
+        found[name] = kind.matrix(layer.weight.detach())
+        if found[name].shape != (module.rows, module.cols):
+            given, expected = tuple(found[name].shape), (module.rows, module.cols)
+            raise PipelineError(f"teacher: {name} is {given}, that of the model {expected}; they do not belong together")
     return found
 
 
@@ -51,7 +61,7 @@ def moving(model: nn.Module, source: Any = None) -> Iterator[list[nn.Parameter]]
     if isinstance(config, KMQConfig):
         check_assignments("moving", config)
     try:
-        yield start_moving(modules, {} if source is None else _weights(modules, source))
+        yield start_moving(modules, {} if source is None else matching_weights(model, source))
     finally:
         stop_moving(modules.values())
 

@@ -35,12 +35,13 @@ import torch
 from transformers import AutoTokenizer
 
 from .. import __version__, sensitivity
-from ..files import locked, publish, write_json
+from ..files import find_source, locked, publish, write_json
 from ..hf import Quality, load
 from ..quantization import KMQConfig, check_budget, model_size, plan, quantize_, refuse_unmatched
-from ..tasks import Task, class_names
+from ..tasks import Task, Texts, class_names
+from .embedders import EmbeddingMetrics, EmbeddingTeacher, load_embedder, pooling_of
 from .facts import layer_facts, peak_memory, reset_peak_memory, versions
-from .finetune import calibration_batches, evaluate, finetune
+from .finetune import calibration_batches, distil, evaluate, finetune
 from .identity import changed_file, data_digests, difference, model_digests
 from .models import check_fits, folder_bytes, load_for_task, quality_of, resolve_model, save
 from .moving import check_assignments
@@ -61,10 +62,12 @@ class Run:
 
     stage3_of: settings of stage 3 for single configurations, None for no stage 3. keep_models: whether the weights of finished
     configurations stay; without them, figures and layers.json stay.
+
+    With `Texts` stage1/ is the model itself, there is no control, and stage 3 follows the model on texts without labels.
     """
 
     model: str
-    task: Task
+    task: Task | Texts
     out: Path
     configs: dict[str, KMQConfig]  # name of the folder -> configuration
     stage1: TrainingSettings = dataclasses.field(default_factory=TrainingSettings)
@@ -76,6 +79,7 @@ class Run:
     sensitivity: SensitivitySettings = dataclasses.field(default_factory=SensitivitySettings)
     keep_models: bool = True
     _checked: set[Path] = dataclasses.field(default_factory=set, init=False, repr=False)  # stages whose files are as noted
+    _measure: EmbeddingMetrics | None = dataclasses.field(default=None, init=False, repr=False)
 
     @functools.cached_property
     def _source(self) -> str:
@@ -115,22 +119,25 @@ class Run:
 
     def _run(self, begun: list[tuple[Any, Any]]) -> dict[str, Any]:
         first = self.out / "stage1"
-        title = f"stage 1: fine-tune, {self.stage1.steps} steps"
-        self._stage(first, title, lambda: begun.pop() if begun else self._fresh(), self.stage1)
+        plain = isinstance(self.task, Texts)
+        title = "the model itself" if plain else f"stage 1: fine-tune, {self.stage1.steps} steps"
+        self._stage(first, title, lambda: begun.pop() if begun else self._fresh(), None if plain else self.stage1)
         begun.clear()
-        if self.control:
+        if self.control and not isinstance(self.task, Texts):
+            task = self.task
             self._stage(
                 self.out / "control",
                 f"control: {self.stage3.steps} more fp32 steps",
-                lambda: load_for_task(str(self._as_noted(first)), self.task, self.stage3.seed),
+                lambda: load_for_task(str(self._as_noted(first)), task, self.stage3.seed),
                 dataclasses.replace(self.stage3, assignments="fixed"),
             )
         for name, config in self.configs.items():
             self._configuration(name, config, first)
         return self.results()
 
-    def _fresh(self) -> tuple[Any, Any]:
-        return load_for_task(self._source, self.task, self.stage1.seed)
+    def _fresh(self, folder: str | None = None) -> tuple[Any, Any]:
+        source, seed = folder or self._source, self.stage1.seed
+        return load_embedder(source, seed) if isinstance(self.task, Texts) else load_for_task(source, self.task, seed)
 
     def _refused_before(self) -> list[tuple[Any, Any]]:
         """Refuses what can be refused before anything is trained or noted: a folder that lacks something, texts longer than the
@@ -140,8 +147,17 @@ class Run:
         new = [config for name, config in self.configs.items() if not (self.out / name / "stage2" / STAGE_FILE).is_file()]
         if begun and not new:
             return []
-        model, tokenizer = load_for_task(str(first), self.task, self.stage1.seed) if begun else self._fresh()
-        for settings in (self.stage1, self.stage3, *filter(None, self.stage3_of.values())):
+        if isinstance(self.task, Texts):
+            if not len(self.task.train):
+                raise PipelineError("train_file: the task texts has none to train on")
+            pooling_of(self._source)
+            for config in new:
+                if config.needs_fisher or config.allocation == "hessian":
+                    what = "weighting" if config.weighting == "fisher" else "allocation"
+                    raise PipelineError(f"{what}: sensitivities need labels, and the task texts has none")
+        model, tokenizer = self._fresh(str(first) if begun else None)
+        first_stage = [] if isinstance(self.task, Texts) else [self.stage1]
+        for settings in (*first_stage, self.stage3, *filter(None, self.stage3_of.values())):
             check_fits(model, tokenizer, settings.max_length)
         for config in new:
             refuse_unmatched(plan(model, config), config, type(model).__name__)
@@ -236,7 +252,9 @@ class Run:
         return model, tokenizer
 
     def _calibration(self, model: Any, tokenizer: Any, batch_size: int, count: int) -> list[dict[str, torch.Tensor]]:
-        task, _ = self.task.for_model(class_names(model.config.id2label, model.config.num_labels))
+        task = self.task
+        if isinstance(task, Task):
+            task, _ = task.for_model(class_names(model.config.id2label, model.config.num_labels))
         return calibration_batches(task, tokenizer, batch_size, count, self.stage1.max_length, self.stage1.seed)
 
     def _stage(self, folder: Path, title: str, make: Callable[[], tuple[Any, Any]], training: TrainingSettings | None) -> None:
@@ -278,15 +296,14 @@ class Run:
         losses = []
         try:
             if training is not None:
-                follows = training.distill or training.assignments == "moving"
-                teacher = load(self._as_noted(self.out / "stage1")) if follows else None
-                losses = finetune(model, tokenizer, self.task, training, scratch, teacher, title)
+                losses = self._trained(model, tokenizer, training, scratch, title)
             seconds = time.perf_counter() - start
             memory = peak_memory()
-            metrics = evaluate(model, tokenizer, self.task, training or self.stage3, scratch, f"{title}, evaluation")
+            metrics = self._metrics(model, tokenizer, training or self.stage3, scratch, f"{title}, evaluation")
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        save(model, tokenizer, partial, source=self._source, name=self.model, quality=self._quality(metrics))
+        beside = find_source(self._source) if isinstance(self.task, Texts) else None
+        save(model, tokenizer, partial, source=self._source, name=self.model, quality=self._quality(metrics), beside=beside)
         size = model_size(model)
         return {
             "metrics": metrics,
@@ -305,6 +322,25 @@ class Run:
         stages = (self.out / name / STAGE_FILE for name in ("control", "stage1"))
         fp32 = next((json.loads(stage.read_text()).get("metrics") for stage in stages if stage.is_file()), None)
         return quality_of(self.task, metrics, fp32)
+
+    def _trained(self, model: Any, tokenizer: Any, training: TrainingSettings, scratch: Path, title: str) -> list[float]:
+        """Trains a model and returns the losses."""
+        plain = isinstance(self.task, Texts)
+        follows = plain or training.distill or training.assignments == "moving"
+        teacher = load(self._as_noted(self.out / "stage1")) if follows else None
+        if isinstance(self.task, Texts):
+            follow = EmbeddingTeacher(teacher, pooling_of(self._source))
+            return distil(model, tokenizer, self.task, training, scratch, follow, title)
+        return finetune(model, tokenizer, self.task, training, scratch, teacher, title)
+
+    def _metrics(self, model: Any, tokenizer: Any, settings: TrainingSettings, scratch: Path, title: str) -> dict[str, float]:
+        if not isinstance(self.task, Texts):
+            return evaluate(model, tokenizer, self.task, settings, scratch, title)
+        if self._measure is None:
+            first = self.out / "stage1"
+            source = load(self._as_noted(first)) if first.is_dir() else model
+            self._measure = EmbeddingMetrics(self.task, source, tokenizer, self.stage3.max_length, pooling_of(self._source))
+        return self._measure(model, title)
 
     def results(self) -> dict[str, Any]:
         """What is finished so far: figures and settings.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..files import INDEX, OTHER_WEIGHTS, PICKLES, file_record, files_below, weight_files
+from .content import file_record
+from .opening import files_below
+from .tensors import INDEX, OTHER_WEIGHTS, PICKLES, weight_files
 
 _TORCH = (*PICKLES, ".safetensors")  # in a subfolder: the weights of a module of its own, such as 2_Dense
 

@@ -1,0 +1,74 @@
+"""One model trained or measured by itself: `kmq finetune` and `kmq evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..files import find_source
+from ..hf import load
+from ..quantization import KMQConfig
+from ..tasks import Task, Texts, class_names
+from .embedders import EmbeddingMetrics, EmbeddingTeacher, load_embedder, pooling_of
+from .finetune import distil, evaluate, finetune
+from .models import load_for_task, load_tokenizer, quality_of, save
+from .moving import default_assignments, matching_weights
+from .settings import Assignments, PipelineError, TrainingSettings
+
+
+def finetune_folder(
+    model: str,
+    task: Task | Texts,
+    settings: TrainingSettings,
+    out: Path,
+    teacher: str | None = None,
+    assignments: Assignments | None = None,
+) -> dict[str, float]:
+    """Trains the model of a folder on a task, saves it in `out` and returns its metrics.
+
+    teacher: the model in floating point that a quantized one was made from, which it then follows; with `Texts` it is needed.
+    assignments: None for what suits the bits of the model. Raises PipelineError where model and teacher do not belong together.
+    """
+    network, tokenizer, followed = _loaded(model, task, settings.seed, teacher)
+    config = getattr(network.config, "quantization_config", None)
+    kind = assignments or (default_assignments(config) if isinstance(config, KMQConfig) else "fixed")
+    settings = dataclasses.replace(settings, assignments=kind, distill=teacher is not None)
+    if followed is not None:
+        matching_weights(network, followed)
+    scratch, beside = out / "trainer", None
+    if isinstance(task, Texts) and teacher is not None:
+        follow = EmbeddingTeacher(followed, pooling_of(teacher))
+        measure = EmbeddingMetrics(task, followed, tokenizer, settings.max_length, follow.pooling)
+        distil(network, tokenizer, task, settings, scratch, follow)
+        metrics, beside = measure(network), find_source(teacher)
+    elif isinstance(task, Task):
+        finetune(network, tokenizer, task, settings, scratch, followed)
+        metrics = evaluate(network, tokenizer, task, settings, scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
+    save(network, tokenizer, out, source=teacher, quality=quality_of(task, metrics, None), beside=beside)
+    return metrics
+
+
+def _loaded(model: str, task: Task | Texts, seed: int, teacher: str | None) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and teacher, where there is one."""
+    if isinstance(task, Texts):
+        if teacher is None:
+            raise PipelineError("teacher: the task texts needs the model in floating point that MODEL was made from")
+        return load(model), load_tokenizer(model), load_embedder(teacher, seed)[0]
+    network, tokenizer = load_for_task(model, task, seed)
+    if teacher is None:
+        return network, tokenizer, None
+    followed = load(teacher)
+    theirs, ours = (class_names(each.config.id2label, each.config.num_labels) for each in (followed, network))
+    if type(followed) is not type(network) or theirs != ours:
+        raise PipelineError(f"teacher: {teacher} is no {type(network).__name__} with the classes of {model}")
+    return network, tokenizer, followed
+
+
+def evaluate_embedder(model: str, task: Texts, teacher: str, settings: TrainingSettings) -> dict[str, float]:
+    """The metrics of an embedder beside `teacher`, the model in floating point that it was made from."""
+    followed, tokenizer = load_embedder(teacher, settings.seed)
+    measure = EmbeddingMetrics(task, followed, tokenizer, settings.max_length, pooling_of(teacher))
+    return measure(load(model))
