@@ -1,10 +1,10 @@
 """Stage 3 at 1 to 3 bits: assignments fixed and moving, plain and distilled, and embedders without labels.
 
 Runs `kmq run` for every task and seed, as far as it is not finished in OUT, and prints the tables in Markdown: accuracy (for CoLA
-Matthews' correlation) of Banking77, SST-2 and CoLA beside the fp32 control of as many steps; mean and worst cosine, and Spearman
-of all similarities, of MiniLM's embeddings on 300 sentences (150 of SST-2's dev set, 150 of Banking77's test set) after stage 3 on
-10,000 others without labels. `--ablation` is one seed at 2 bits, fixed and moving, plain and distilled. `--fields` goes into every
-k-means configuration.
+Matthews' correlation) of Banking77, SST-2 and CoLA beside the fp32 control of as many steps; mean and worst cosine, and
+Spearman of all similarities, of MiniLM's embeddings on 300 sentences (150 of SST-2's dev set, 150 of Banking77's test set) after
+stage 3 on 10,000 others without labels. `--ablation` is one seed at 2 bits, fixed and moving, plain and distilled. `--fields`
+goes into every k-means configuration.
 
     python benchmarks/bench_low_bits.py --data DATA -o OUT                                   # the full table: 3 seeds, hours
     python benchmarks/bench_low_bits.py --data DATA -o OUT --tasks banking77 --ablation      # an ablation on one seed

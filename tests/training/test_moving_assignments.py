@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from conftest import family_model
 from tiny_task import write_task
 
 import kmq_kernels as kmq
@@ -169,3 +170,30 @@ def test_the_command_names_what_moves(folder, tmp_path, monkeypatch, capsys):
     chosen = {name: (each["assignments"], each["distill"]) for name, each in settings.items()}
     assert chosen["kmeans-2bit"] == ("moving", True)
     assert chosen["kmeans-2bit-moving"] == chosen["kmeans-3bit-moving"] == ("moving", False)
+
+
+def test_a_packed_model_follows_its_teacher_by_itself(folder, tmp_path, monkeypatch):
+    """`kmq finetune packed --teacher stage1`: moving at 2 bits, distilled, from the teacher's weights on."""
+    _run(folder, "alone")()
+    packed, teacher, task = str(folder / "alone/two/stage2"), str(folder / "alone/stage1"), _run(folder, "alone").task
+    asked = {}
+
+    def noted(model, tokenizer, task, settings, scratch, followed):
+        asked.update(dataclasses.asdict(settings), followed=followed)
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kmq_kernels.training.single.finetune", noted)
+        training.finetune_folder(packed, task, FEW, tmp_path / "noted", teacher)
+        assert (asked["assignments"], asked["distill"], asked["followed"] is None) == ("moving", True, False)
+        training.finetune_folder(packed, task, FEW, tmp_path / "other", assignments="fixed")
+        assert (asked["assignments"], asked["distill"], asked["followed"]) == ("fixed", False, None)
+    before = _codes(packed)
+    training.finetune_folder(packed, task, FEW, tmp_path / "fixed", teacher, "fixed")
+    assert all(torch.equal(codes, before[name]) for name, codes in _codes(tmp_path / "fixed").items())
+    training.finetune_folder(packed, task, FEW, tmp_path / "moved")
+    assert any(not torch.equal(codes, before[name]) for name, codes in _codes(tmp_path / "moved").items())
+    assert "On " in (tmp_path / "moved/README.md").read_text()
+    family_model("bert", num_labels=3).save_pretrained(tmp_path / "three")
+    with pytest.raises(training.PipelineError, match=r"teacher: .*three is no BertForSequenceClassification with the classes of"):
+        training.finetune_folder(packed, task, FEW, tmp_path / "no", str(tmp_path / "three"))
