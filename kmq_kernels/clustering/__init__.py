@@ -2,6 +2,19 @@
 
 from .kmeans import kmeans, linear_codebook
 from .matrices import cluster_matrices
+from .outputs import Clusters, OutputProblem, fit_outputs
 from .results import Algorithm, ClusteredMatrix, Init, KMeansResult, Scheme
 
-__all__ = ["Algorithm", "ClusteredMatrix", "Init", "KMeansResult", "Scheme", "cluster_matrices", "kmeans", "linear_codebook"]
+__all__ = [
+    "Algorithm",
+    "ClusteredMatrix",
+    "Clusters",
+    "Init",
+    "KMeansResult",
+    "OutputProblem",
+    "Scheme",
+    "cluster_matrices",
+    "fit_outputs",
+    "kmeans",
+    "linear_codebook",
+]

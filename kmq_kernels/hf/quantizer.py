@@ -49,6 +49,11 @@ class KMQQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
+            if self.quantization_config.objective == "output":
+                raise ValueError(
+                    "objective: 'output' needs texts, which from_pretrained has none of; load the model and use quantize_ with"
+                    " calibration"
+                )
             return model
         if files := kwargs.get("checkpoint_files"):
             self._fit(model, [Path(file) for file in files])

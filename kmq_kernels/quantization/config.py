@@ -19,6 +19,7 @@ Granularity = Literal["tensor", "row", "group"]
 GradReduction = Literal["sum", "mean"]
 Allocation = Literal["uniform", "distortion", "fisher", "hessian"]
 Weighting = Literal["none", "fisher"]
+Objective = Literal["weights", "output"]
 
 # The systems that the source compares, see docs/finetune.md, "Many configurations side by side".
 PRESETS: dict[str, dict[str, Any]] = {
@@ -30,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "init": "k-means++",
         "max_iter": 3,
         "tol": 0.0,
+        "objective": "weights",
         "grad_reduction": "mean",
     },
     "linear": {"scheme": "linear", "granularity": "tensor"},
@@ -68,6 +70,8 @@ class KMQConfig(QuantizationConfigMixin):
         a text such as "8MB" or "10MiB"), with codebooks and everything left in floating point. Default: the size that `bits` for
         all would have.
     weighting: "fisher" weighs each value in the clustering with its entry of the Fisher diagonal, see `sensitivity`.
+    objective: what the clustering minimises: the squared error of the "weights", or of each layer's "output" on unlabelled texts,
+        layer after layer, which `quantize_` and `kmq quantize` then need (scheme "kmeans"). Fisher weights then weigh rows.
     outlier_fraction: share of each weight, below 0.5, that is kept exactly, as sparse values: those that add most to the
         squared deviation from the mean, weighted where the clustering is.
     row_scale: a factor for each row, so that rows of different spread can share a codebook (granularity "tensor", "group").
@@ -94,6 +98,7 @@ class KMQConfig(QuantizationConfigMixin):
     bits_per_weight: float | None = None
     size: int | None = None
     weighting: Weighting = "none"
+    objective: Objective = "weights"
     outlier_fraction: float = 0.0
     row_scale: bool = False
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # the base class knows its own methods only
@@ -121,6 +126,7 @@ class KMQConfig(QuantizationConfigMixin):
         self._expect("grad_reduction", get_args(GradReduction))
         self._expect("allocation", get_args(Allocation))
         self._expect("weighting", get_args(Weighting))
+        self._expect("objective", get_args(Objective))
         self._expect("quant_method", (QUANT_METHOD,))
         self._expect_integer("bits", self.bits, 1, 8)
         self._expect_integer("group_rows", self.group_rows, 1, None)
@@ -158,6 +164,9 @@ class KMQConfig(QuantizationConfigMixin):
             raise ValueError("row_scale: expected granularity 'tensor' or 'group'; a row with its own codebook needs no scale")
         if self.weighting == "fisher" and self.scheme == "linear":
             raise ValueError("weighting: the linear scheme takes no weights, expected 'none'")
+
+        if self.objective == "output" and self.scheme == "linear":
+            raise ValueError("objective: 'output' moves centroids, and bins of equal width do not move; expected scheme 'kmeans'")
 
     def _plain_values(self) -> None:
         """NumPy's numbers as Python's, which JSON can hold."""

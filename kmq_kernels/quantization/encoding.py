@@ -20,6 +20,7 @@ class EncodedWeight(NamedTuple):
 
     codebook (G, K) fp32; packed (rows, row_bytes) uint8; row_scale (rows,) fp32 or None; outlier_index (n,) int32 ascending and
     outlier_values (n,) fp32, or None. error: the sum of importance * (weight - decoded)**2, importance 1 where none was given.
+    bias: what stands for the layer's bias, in its dtype; None where that stays.
     """
 
     codebook: Tensor
@@ -28,6 +29,17 @@ class EncodedWeight(NamedTuple):
     outlier_index: Tensor | None
     outlier_values: Tensor | None
     error: float
+    bias: Tensor | None = None
+
+
+def decode(encoded: EncodedWeight, cols: int, group_rows: int) -> Tensor:
+    """The weight (rows, cols) fp32 that it stands for."""
+    weight = ops.dequantize(encoded.packed, encoded.codebook, cols, group_rows=group_rows)
+    if encoded.row_scale is not None:
+        weight = weight * encoded.row_scale[:, None]
+    if encoded.outlier_index is not None and encoded.outlier_values is not None:
+        weight.view(-1)[encoded.outlier_index.long()] = encoded.outlier_values
+    return weight
 
 
 def encoded_shapes(rows: int, cols: int, bits: int, config: KMQConfig) -> dict[str, tuple[int, ...]]:

@@ -1,12 +1,14 @@
 """quantize_: a model's embeddings and linear layers to codebook modules, in place.
 
 The way of a weight: `plan` makes a record of it (plan.py), a budget sets its bits (budget.py), encoding finds what stands for it
-(encoding.py), and the swap puts codebook modules that hold this in the place of its layers (swap.py).
+(encoding.py, or objective.py where that is to keep the outputs), and the swap puts codebook modules that hold this in the place
+of its layers (swap.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +17,9 @@ from ..layers import CodebookModule
 from ._progress import weight_bar
 from .budget import allocate_bits
 from .config import KMQConfig
-from .encoding import encode_weights
+from .encoding import EncodedWeight, encode_weights
 from .marking import mark_quantized
+from .objective import encode_for_outputs
 from .plan import plan, remarks, warn
 from .swap import swap
 from .weights import Weight, as_matrix
@@ -28,6 +31,7 @@ def quantize_(
     *,
     sample_weight: dict[str, Tensor] | None = None,
     eigenvalues: dict[str, float] | None = None,
+    calibration: Iterable[dict[str, Any]] | None = None,
     progress: bool | None = None,
 ) -> KMQConfig:
     """Clusters every embedding and linear weight except the classification layer, and swaps in codebook modules, in place.
@@ -35,13 +39,16 @@ def quantize_(
     model: any torch module; a transformers model can be saved with `save_pretrained` afterwards. config: see KMQConfig; a dict of
     its fields will do. sample_weight: importance of each weight, {module name: a tensor like it, not negative}, default equal;
     allocation and weighting "fisher" need it, see `sensitivity.importance`. eigenvalues: largest one of the Hessian of each
-    weight, {module name: value}, for allocation "hessian". progress: a progress bar; None shows one where the work is long.
-    Returns the config with `skip` resolved to the layers that were left and, where there was a budget, `module_bits` to the
-    bits chosen. A weight that several modules share is clustered once and stays shared. Hooks, attributes, options and whether a
-    weight trains are carried over; a layer where that cannot be done stays as it is, and a warning names it. Warnings also say
-    which patterns match nothing, and how much stays in floating point where it is more than 5 %.
+    weight, {module name: value}, for allocation "hessian". calibration: for objective "output" batches of unlabelled texts,
+    dictionaries of the model's arguments (a few hundred texts; every fifth batch is held out to judge by). progress: a progress
+    bar; None shows one where the work is long. Returns the config with `skip` resolved to the layers that were left and, where
+    there was a budget, `module_bits` to the bits chosen. A weight that several modules share is clustered once and stays shared.
+    Hooks, attributes, options and whether a weight trains are carried over; a layer where that cannot be done stays as it is, and
+    a warning names it. Warnings also say which patterns match nothing, and how much stays in floating point where it is more than
+    5 %.
     Raises ValueError naming the parameter for NaN, Inf or an empty weight, where the model is quantized already, is one layer or
-    is on the meta device, where the config needs figures that were not given, and BudgetError for a budget that cannot be met,
+    is on the meta device, where the config needs figures or batches that were not given, where a batch gives NaN or Inf in the
+    inputs of a layer, and BudgetError for a budget that cannot be met,
     with the smallest possible; the model is then as it was.
     """
     if any(isinstance(module, CodebookModule) for module in model.modules()):
@@ -59,9 +66,19 @@ def quantize_(
             raise ValueError(f"{what}: {unknown[0]} is not a weight that is quantized")
     if config.needs_fisher and sample_weight is None:
         raise ValueError("sample_weight: allocation and weighting 'fisher' need the Fisher diagonal, got none")
+    if config.objective == "output" and calibration is None:
+        raise ValueError("calibration: objective 'output' needs batches of unlabelled texts, got none")
+    if config.objective != "output" and calibration is not None:
+        raise ValueError("calibration: only objective 'output' takes batches of texts, got objective 'weights'")
     if config.has_budget:
         config = allocate_bits(model, config, chosen, sample_weight or {}, eigenvalues, progress)
-    _encode(chosen, config, sample_weight, progress)
+    importance = None if sample_weight is None else [as_matrix(weight, sample_weight) for weight in chosen]
+    if calibration is not None:
+        encoded = encode_for_outputs(model, chosen, config, calibration, importance=importance, progress=progress)
+    else:
+        encoded = _encode(chosen, config, importance, progress)
+    for weight, result in zip(chosen, encoded, strict=True):
+        weight.encoded = result
     warn(model, found)
     swap(model, chosen, config)
     resolved = dataclasses.replace(config, skip=found.left)
@@ -69,15 +86,15 @@ def quantize_(
     return resolved
 
 
-def _encode(chosen: list[Weight], config: KMQConfig, sample_weight: dict[str, Tensor] | None, progress: bool | None) -> None:
+def _encode(
+    chosen: list[Weight], config: KMQConfig, importance: list[Tensor | None] | None, progress: bool | None
+) -> list[EncodedWeight]:
     with weight_bar("clustering", [weight.tensor for weight in chosen], progress) as bar:
-        encoded = encode_weights(
+        return encode_weights(
             [weight.tensor.contiguous() for weight in chosen],
             [weight.bits or 0 for weight in chosen],
             config,
-            importance=None if sample_weight is None else [as_matrix(weight, sample_weight) for weight in chosen],
+            importance=importance,
             names=[weight.parameter for weight in chosen],
             on_done=lambda i: bar.update(chosen[i].tensor.numel()) and None,
         )
-    for weight, result in zip(chosen, encoded, strict=True):
-        weight.encoded = result

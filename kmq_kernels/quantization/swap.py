@@ -91,6 +91,8 @@ def swap(model: nn.Module, weights: list[Weight], config: KMQConfig) -> dict[str
                 made[id(old)] = _empty_like(old, weight, config)
             new[name] = made[id(old)]
         first, *others = made.values()
+        if weight.encoded is not None and weight.encoded.bias is not None:
+            cast(CodebookLinear, first).bias.data.copy_(weight.encoded.bias)  # type: ignore[union-attr]
         for part, parameter in first.stored().items():
             if weight.encoded is not None:
                 with torch.no_grad():

@@ -1,0 +1,313 @@
+"""Forward passes over calibration batches: what reaches a layer, with or without what stands for weights so far."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..files import one_line
+from .weights import Weight
+
+Batch = dict[str, Any]
+HELD_OUT = 5  # every fifth batch
+
+
+class _Enough(Exception):
+    """What was asked of a forward pass is there."""
+
+
+def read_batches(batches: Iterable[Batch] | None) -> tuple[list[Batch], list[Batch]]:
+    """The batches to fit to and those to judge by (every fifth), without labels; few batches are cut into smaller ones.
+
+    Raises ValueError where there is none, or one that is no dictionary of tensors.
+    """
+    if batches is None:
+        raise ValueError("calibration: objective 'output' needs batches of unlabelled texts, got none")
+    given = []
+    for batch in batches:
+        if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
+            wanted = "dictionaries of the model's arguments, such as input_ids and attention_mask"
+            raise ValueError(f"calibration: expected {wanted}, got {type(batch).__name__}")
+        kept = {name: value for name, value in batch.items() if name not in ("labels", "label")}
+        if _length(kept) != 0:
+            given.append(kept)
+    if not given:
+        raise ValueError("calibration: expected at least one batch of texts, got none")
+    while len(given) < HELD_OUT and max(map(_length, given)) > 1:
+        i = max(range(len(given)), key=lambda i: _length(given[i]))
+        half = _length(given[i]) // 2
+        given[i : i + 1] = [
+            {name: value[part] for name, value in given[i].items()} for part in (slice(None, half), slice(half, None))
+        ]
+    judged = given[HELD_OUT - 1 :: HELD_OUT] or given[-1:]
+    fitted = [batch for batch in given if not any(batch is other for other in judged)]
+    return fitted or given, judged
+
+
+def _length(batch: Batch) -> int:
+    """Texts in a batch; 1 where that cannot be told."""
+    lengths = {value.shape[0] if value.dim() else -1 for value in batch.values()}
+    return lengths.pop() if len(lengths) == 1 and min(lengths) >= 0 else 1
+
+
+def token_weights(batch: Batch, shape: torch.Size) -> Tensor | None:
+    """A weight (tokens,) for each vector of an activation (..., width): 0 for padding, so that every text weighs 1.
+
+    None where the activation has not one vector a token.
+    """
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or shape[:-1] != mask.shape:
+        return None
+    weight = mask.float()
+    return (weight / weight.sum(1, keepdim=True).clamp_min(1)).reshape(-1)
+
+
+def layers_of(weight: Weight) -> list[nn.Module]:
+    """The layers that have a weight, each once; of one that an embedding and a linear layer share, those of its own kind."""
+    layers = {id(module): module for module in weight.modules.values() if isinstance(module, weight.kind.plain)}
+    return list(layers.values())
+
+
+class Group(NamedTuple):
+    """Weights whose layers get the same inputs, and how many times they are called in a forward pass.
+
+    norm: where there is one such layer, called once, the normalization that gets its output with something added.
+    """
+
+    weights: list[Weight]
+    calls: int
+    norm: nn.Module | None = None
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers of the first weight; they get what those of the others get."""
+        return layers_of(self.weights[0])
+
+
+class Passes:
+    """Forward passes of a model over batches, with or without what stands for its weights.
+
+    stand_in: what a weight is replaced with, if it is: its value as the layer stores it, and the bias or None. It is asked when a
+    layer runs, so that one decoded weight is in memory at a time. A pass ends where all that was asked of it is there. What the
+    layers of a stack (an nn.ModuleList whose members run one after the other) give is kept where it takes less memory than the
+    model, so that the layers before the one in work are not computed again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fitted: list[Batch],
+        judged: list[Batch],
+        stand_in: Callable[[Weight], tuple[Tensor, Tensor | None] | None],
+    ) -> None:
+        self.model, self.device = model, next(model.parameters()).device
+        self.batches = [{name: value.to(self.device) for name, value in batch.items()} for batch in (*fitted, *judged)]
+        self.fitted = range(len(fitted))
+        self.judged = range(len(fitted), len(self.batches))
+        self._stand_in = stand_in
+        self._weights: list[Weight] = []
+        self._stack: list[nn.Module] = []
+        self._passed = 0
+        self._kept: dict[tuple[int, bool], Any] = {}
+
+    def groups(self, weights: list[Weight]) -> list[Group]:
+        """The weights whose layers run, in the order in which they first do.
+
+        Raises ValueError where the model does not take the batches.
+        """
+        self._weights = weights
+        of = {id(module): i for i, weight in enumerate(weights) for module in layers_of(weight)}
+        stacks = [module for module in self.model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+        watched = [module for module in self.model.modules() if id(module) in of or _is_norm(module)]
+        watched += [module for stack in stacks for module in stack]
+        calls: list[tuple[nn.Module, Any]] = []  # the inputs, too: an id stands for one tensor only while that lives
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append((module, _first(args, kwargs)))
+
+        hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in {id(m): m for m in watched}.values()]
+        try:
+            self._run(0, False, hooks)
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            name = type(self.model).__name__
+            raise ValueError(f"calibration: {name} does not take these batches ({one_line(error)})") from None
+        for stack in stacks:
+            run = [module for module, _ in calls if any(module is one for one in stack)]
+            if len(run) == len(stack) and all(a is b for a, b in zip(run, stack, strict=True)):
+                self._stack = list(stack)
+                break
+        inputs: dict[int, list[int]] = {}
+        for module, given in calls:
+            if id(module) in of:
+                inputs.setdefault(of[id(module)], []).append(id(given))
+        found: dict[tuple[Any, ...], Group] = {}
+        for i, ids in inputs.items():
+            group = found.setdefault((weights[i].kind.plain, *ids), Group([], len(ids)))
+            group.weights.append(weights[i])
+        return [group._replace(norm=self._norm(group, [module for module, _ in calls])) for group in found.values()]
+
+    def _norm(self, group: Group, order: list[nn.Module]) -> nn.Module | None:
+        """The next normalization, if its input is the output of the group's layer and something added: seen from one pass more,
+        in which the output is another."""
+        if len(group.weights) > 1 or group.calls > 1:
+            return None
+        layer = next(module for module in group.layers if any(module is one for one in order))
+        norm = next((module for module in order[order.index(layer) :] if _is_norm(module)), None)
+        if norm is None or order.count(norm) > 1:
+            return None
+        seen: list[Tensor] = []
+
+        def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            seen.append(torch.linspace(-1, 1, output.shape[-1], device=output.device, dtype=output.dtype) * len(seen))
+            return output + seen[-1]
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.append(_first(args, kwargs))
+            raise _Enough
+
+        for _ in range(2):
+            hooks = [layer.register_forward_hook(after), norm.register_forward_pre_hook(before, with_kwargs=True)]
+            self._run(0, False, hooks)
+        (_, plain, added, moved) = seen
+        if plain.shape != moved.shape or plain.shape[-1:] != added.shape:
+            return None
+        scale = float(plain.abs().max()) + float(added.abs().max())
+        return norm if float((moved - plain - added).abs().max()) <= 1e-3 * scale else None
+
+    def output(self, number: int, replaced: bool) -> Any:
+        """What the model gives for a batch."""
+        return self._run(number, replaced, [])
+
+    def inputs(self, number: int, replaced: bool, group: Group) -> tuple[list[Tensor], Tensor | None]:
+        """What reaches the layers of a group with a batch, one a call; and what is added to the output before the norm."""
+        seen: list[Tensor] = []
+        outputs: list[Tensor] = []
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.append(_first(args, kwargs))
+            if len(seen) == group.calls + (group.norm is not None):
+                raise _Enough
+
+        hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in group.layers]
+        if group.norm is not None:
+            hooks += [layer.register_forward_hook(lambda module, args, output: outputs.append(output)) for layer in group.layers]
+            hooks.append(group.norm.register_forward_pre_hook(before, with_kwargs=True))
+        self._run(number, replaced, hooks)
+        return seen[: group.calls], seen[-1] - outputs[0] if group.norm is not None else None
+
+    def advance(self, group: Group) -> None:
+        """Goes on to a group: computes what the layers of the stack before it give, for the passes to come."""
+        inside = [i for i, block in enumerate(self._stack) if any(module is group.layers[0] for module in block.modules())]
+        while inside and self._passed < inside[0]:
+            wanted = [(number, True) for number in range(len(self.batches))] + [(number, False) for number in self.fitted]
+            kept = {one: self._block(*one) for one in wanted}
+            if not self._passed and not self._keeps(kept):
+                self._stack = []
+                return
+            self._kept = kept
+            self._passed += 1
+
+    def forget(self) -> None:
+        """Goes back to the beginning: what stands for weights is about to be another."""
+        self._passed, self._kept = 0, {}
+
+    def _keeps(self, kept: dict[tuple[int, bool], Any]) -> bool:
+        """Whether what the first layer gives is small enough to be kept, and all that the others need."""
+        size = sum(_bytes(value) for value in kept.values())
+        if size > sum(p.numel() * p.element_size() for p in self.model.parameters()):
+            return False
+        before = self.output(0, False)
+        self._kept, self._passed = kept, 1
+        same = _same(before, self.output(0, False))
+        self._passed = 0
+        return same
+
+    def _block(self, number: int, replaced: bool) -> Any:
+        """What the next layer of the stack gives."""
+        given: list[Any] = []
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            given.append(output)
+            raise _Enough
+
+        self._run(number, replaced, [self._stack[self._passed].register_forward_hook(after)])
+        return given[0]
+
+    @torch.no_grad()
+    def _run(self, number: int, replaced: bool, hooks: list[Any]) -> Any:
+        passed = self._stack[: self._passed]
+        try:
+            for block in passed:
+                vars(block)["forward"] = lambda *args, **kwargs: self._kept[number, replaced]
+            with self._replaced() if replaced else contextlib.nullcontext(), contextlib.suppress(_Enough):
+                return self.model(**self.batches[number])
+        finally:
+            for block in passed:
+                del vars(block)["forward"]
+            for hook in hooks:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def _replaced(self) -> Iterator[None]:
+        """Layers compute with what stands for their weights."""
+        originals: dict[nn.Parameter | Tensor, Tensor] = {}
+        hooks = []
+
+        def put(parameter: Tensor, value: Tensor | None) -> None:
+            if value is not None:
+                originals.setdefault(parameter, parameter.data)
+                parameter.data = value
+
+        def back(module: nn.Module | None = None, args: Any = None, output: Any = None) -> None:
+            for parameter, value in originals.items():
+                parameter.data = value
+            originals.clear()
+
+        def enters(weight: Weight) -> Any:
+            def before(module: nn.Module, args: Any) -> None:
+                found = self._stand_in(weight)
+                if found is not None:
+                    put(weight.source, found[0])
+                    put(module.bias if found[1] is not None else weight.source, found[1])  # type: ignore[arg-type]
+
+            return before
+
+        try:
+            for weight in self._weights:
+                for module in {id(module): module for module in weight.modules.values()}.values():
+                    hooks.append(module.register_forward_pre_hook(enters(weight)))
+                    hooks.append(module.register_forward_hook(back))
+            yield
+        finally:
+            back()
+            for hook in hooks:
+                hook.remove()
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+
+
+def _first(args: Any, kwargs: Any) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(_bytes, parts))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return all(_same(value, other.get(name)) for name, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    return True

@@ -1,0 +1,219 @@
+"""Objective "output": never further from the unquantized model than plain clusters, on the texts held out; bad input."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, family_config
+from torch import nn
+
+import kmq_kernels as kmq
+from kmq_kernels.layers import CodebookModule
+from kmq_kernels.quantization.calibration import read_batches
+
+pytestmark = pytest.mark.filterwarnings("ignore:calibration. fewer tokens:UserWarning")
+
+
+def _batches(count, seed=5, rows=8, length=12):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(5, 120, (rows, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[::2, 8:] = 0
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return made
+
+
+def _model(family="bert", **options):
+    torch.manual_seed(1)
+    return transformers.AutoModel.from_config(family_config(family, **options)).eval()
+
+
+@torch.no_grad()
+def _distance(model, dense, batches):
+    """Relative squared error of the last hidden states of the tokens that are no padding."""
+    error = total = 0.0
+    for batch in batches:
+        found, wanted = (one(**batch).last_hidden_state[batch["attention_mask"] > 0].double() for one in (model, dense))
+        error, total = error + float((found - wanted).square().sum()), total + float(wanted.square().sum())
+    return error / total
+
+
+def _quantized(model, batches=None, **options):
+    model = copy.deepcopy(model)
+    kmq.quantize_(model, kmq.KMQConfig(**options), calibration=batches)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nearer_than_plain_clusters(family):
+    dense, batches = _model(family), _batches(6)
+    state = {name: value.clone() for name, value in dense.state_dict().items()}
+    plain = _quantized(dense, bits=2)
+    found = _quantized(dense, batches, bits=2, objective="output")
+    assert _distance(found, dense, batches[4::5]) < _distance(plain, dense, batches[4::5])
+    assert _distance(found, dense, _batches(3, seed=9)) < _distance(plain, dense, _batches(3, seed=9))
+    assert all(torch.equal(value, state[name]) for name, value in dense.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"granularity": "row"},
+        {"granularity": "group", "group_rows": 5},
+        {"outlier_fraction": 0.02},
+        {"row_scale": True},
+        {"row_scale": True, "granularity": "group", "outlier_fraction": 0.01},
+        {"module_bits": {"word_embeddings": 4, "query": 1}},
+        {"allocation": "distortion", "bits_per_weight": 5.0},
+        {"weighting": "fisher"},
+    ],
+    ids=str,
+)
+def test_with_every_other_option(options, tmp_path):
+    dense, batches = _model(num_hidden_layers=1), _batches(5)
+    options = {"bits": 2, **options}
+    config = kmq.KMQConfig(**options, objective="output")
+    extra = {}
+    if config.needs_fisher:
+        layers = [(name, m) for name, m in dense.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]
+        extra["sample_weight"] = {name: torch.rand_like(m.weight) for name, m in layers}
+    plain, found = copy.deepcopy(dense), copy.deepcopy(dense)
+    kmq.quantize_(plain, kmq.KMQConfig(**options), **extra)
+    resolved = kmq.quantize_(found, config, calibration=batches, **extra)
+    assert resolved.objective == "output"
+    same = {name: m.bits for name, m in plain.named_modules() if isinstance(m, CodebookModule)}
+    assert same == {name: m.bits for name, m in found.named_modules() if isinstance(m, CodebookModule)}
+    assert _distance(found, dense, batches[4::5]) < _distance(plain, dense, batches[4::5])
+    found.save_pretrained(tmp_path)
+    again = kmq.load(tmp_path)
+    assert torch.equal(again(**batches[0]).last_hidden_state, found(**batches[0]).last_hidden_state)
+    assert sum(p.numel() for p in found.state_dict().values()) == sum(p.numel() for p in plain.state_dict().values())
+
+
+def test_a_classifier_keeps_its_logits_and_the_same_call_gives_the_same():
+    torch.manual_seed(1)
+    dense = transformers.AutoModelForSequenceClassification.from_config(family_config("bert")).train()
+    batches = [{**batch, "labels": torch.zeros(8, dtype=torch.long)} for batch in _batches(6)]
+    first, second = (_quantized(dense, batches, bits=3, objective="output") for _ in range(2))
+    assert all(
+        torch.equal(one, other) for one, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+    assert first.training
+    assert first.bert.encoder.layer[0].training
+    plain = _quantized(dense, bits=3)
+
+    def logits(model):
+        return model.eval()(**batches[4]).logits
+
+    wanted = logits(copy.deepcopy(dense))
+    assert (logits(first) - wanted).square().sum() < (logits(plain) - wanted).square().sum()
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in first.modules())
+
+
+def test_layers_of_other_kinds():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb = nn.Embedding(120, 16)
+            self.mix = nn.Conv1d(16, 24, 1)
+            self.dense = transformers.pytorch_utils.Conv1D(16, 24)
+            self.tied = nn.Linear(16, 120, bias=False)
+            self.tied.weight = self.emb.weight
+            self.unused = nn.Linear(16, 16)
+
+        def forward(self, input_ids):
+            hidden = self.mix(self.emb(input_ids).transpose(1, 2)).transpose(1, 2)
+            return self.tied(self.dense(hidden.relu().contiguous()))
+
+    torch.manual_seed(2)
+    dense = Net().eval()
+    batches = [{"input_ids": batch["input_ids"]} for batch in _batches(10)]
+    found, plain = _quantized(dense, batches, bits=2, objective="output"), _quantized(dense, bits=2)
+    assert found.tied.packed is found.emb.packed
+
+    @torch.no_grad()
+    def error(model):
+        return sum(float((model(**batch) - dense(**batch)).square().sum()) for batch in batches[4::5])
+
+    assert error(found) < error(plain)
+
+
+def test_what_makes_it_worse_is_not_kept(monkeypatch):
+    # A search that ruins every layer, then one that ruins only the sum of all.
+    from kmq_kernels.quantization import objective
+
+    dense, batches = _model(), _batches(5)
+    plain = _quantized(dense, bits=2)
+
+    def ruined(self, weight, moments):
+        encoded = self.plain[weight.name]
+        return encoded._replace(codebook=30 * encoded.codebook.flip(1))
+
+    monkeypatch.setattr(objective._Search, "_fitted", ruined)
+    monkeypatch.setattr(
+        objective._Search, "_embeddings", lambda self, group: {w.name: ruined(self, w, None) for w in group.weights}
+    )
+    found = _quantized(dense, batches, bits=2, objective="output")
+    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), plain.state_dict().values(), strict=True))
+
+    def accepted(self, group, few):
+        return {weight.name: ruined(self, weight, None) for weight in group.weights}
+
+    monkeypatch.setattr(objective._Search, "_group", accepted)
+    with pytest.warns(UserWarning, match="plain clusters are nearer"):
+        found = _quantized(dense, batches, bits=2, objective="output")
+    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), plain.state_dict().values(), strict=True))
+
+
+def test_batches_are_held_out_and_cut():
+    fitted, judged = read_batches(_batches(11))
+    assert (len(fitted), len(judged)) == (9, 2)
+    fitted, judged = read_batches(_batches(1))
+    assert len(judged) == 1
+    assert sum(len(batch["input_ids"]) for batch in fitted + judged) == 8
+    fitted, judged = read_batches(_batches(1, rows=1))
+    assert fitted[0] is judged[0]
+
+
+def test_bad_input(tmp_path):
+    dense, batches = _model(), _batches(5)
+    state = {name: value.clone() for name, value in dense.state_dict().items()}
+
+    def refused(match, given, **options):
+        with pytest.raises(ValueError, match=match):
+            kmq.quantize_(dense, kmq.KMQConfig(**{"objective": "output", **options}), calibration=given)
+        assert all(torch.equal(value, state[name]) for name, value in dense.state_dict().items())
+        assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in dense.modules())
+
+    refused("calibration: objective 'output' needs batches of unlabelled texts, got none", None)
+    refused("calibration: expected at least one batch of texts, got none", [])
+    refused("calibration: expected at least one batch", [{"input_ids": torch.zeros(0, 4, dtype=torch.long)}])
+    refused("calibration: expected dictionaries of the model's arguments, .* got str", ["a text"])
+    refused("calibration: BertModel does not take these batches", [{"texts": torch.zeros(1, 4)}])
+    refused("calibration: only objective 'output' takes batches", batches, objective="weights")
+    with pytest.raises(ValueError, match="objective: expected one of 'weights', 'output', got 'outputs'"):
+        kmq.KMQConfig(objective="outputs")
+    with pytest.raises(ValueError, match="objective: 'output' moves centroids"):
+        kmq.KMQConfig(objective="output", scheme="linear")
+    with pytest.raises(ValueError, match="objective: preset 'paper' sets 'weights'"):
+        kmq.KMQConfig(objective="output", preset="paper")
+    with torch.no_grad():
+        dense.encoder.layer[0].output.LayerNorm.bias[3] = float("nan")
+    state = {name: value.clone() for name, value in dense.state_dict().items()}
+    with pytest.raises(ValueError, match=r"calibration: NaN or Inf in the inputs of encoder\.layer\.1\.attention\.self\.query"):
+        kmq.quantize_(dense, kmq.KMQConfig(objective="output"), calibration=batches)
+    _model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="objective: 'output' needs texts, which from_pretrained has none of"):
+        transformers.AutoModel.from_pretrained(tmp_path, quantization_config=kmq.KMQConfig(objective="output"))
+
+
+def test_fewer_tokens_than_columns_is_said():
+    with pytest.warns(UserWarning, match=r"calibration: fewer tokens than columns for encoder\.layer\.0\.\S+ and \d+ more"):
+        _quantized(_model(), _batches(5, rows=1, length=6), bits=2, objective="output")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _quantized(_model(), [*_batches(6)], bits=2, objective="output", skip=["pooler"])
