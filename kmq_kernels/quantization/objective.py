@@ -234,8 +234,8 @@ class _Search:
         if not all(bool(torch.isfinite(part).all()) for part in (xx, yx)):
             raise ValueError(f"calibration: NaN or Inf in the inputs of {group.weights[0].name}")
         share = 1 / max(total, 1e-30)
-        added = (None, None) if rx is None or r_sum is None else (rx * share, r_sum * share)
-        return _Moments(xx * share, yx * share, x_sum * share, y_sum * share, *added, tokens)
+        rx, r_sum = (None if part is None else part * share for part in (rx, r_sum))
+        return _Moments(xx * share, yx * share, x_sum * share, y_sum * share, rx, r_sum, tokens)
 
     @staticmethod
     def _vectors(value: Tensor, group: Group) -> Tensor:
