@@ -139,6 +139,10 @@ def _same_request(out: Path, found: Any, wanted: dict[str, Any]) -> None:
     for name in names:
         if mine.get(name) == theirs.get(name):
             continue
+        if name == "calibration":
+            raise CheckpointError(
+                f"{out}: it was begun with other texts, or another tokenizer; choose another folder or remove it"
+            )
         kind, _, what = name.rpartition(" of ")
         if kind == "layout":
             what = "config.json, or with another transformers,"

@@ -5,7 +5,8 @@ are to be found for a budget, a first pass measures every weight (see curves.py)
 that was killed goes on after the last finished shard, or weight, if the source still holds what the finished ones were made from
 (see folder.py); another source is refused. config.json comes when every shard is verified, then the manifest with all checksums,
 of the source and of the output, then .kmq goes. The same command on a finished output compares both: other weights are refused;
-where only files beside the weights changed (configuration, tokenizer, card), these are made again.
+where only files beside the weights changed (configuration, tokenizer, card), these are made again. For objective "output" what
+stands for weights is found first, from the outputs of the layers on texts (see outputs.py).
 
 The ranks of a torchrun job take whole shards, the most work first, and the files
 are the same for any number of ranks.
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..files import (
@@ -45,6 +47,7 @@ from ..files import (
 from ..hf import SENTENCE_CONFIG, Facts, card, sentence_class, with_requirement
 from .curves import CURVES, Curve, curves_json, measure
 from .folder import Folder, record
+from .outputs import Batch, batches_digest, output_tensors
 from .plan import Shard, StreamPlan, Unit
 from .ranks import Ranks
 from .stream import STATE, Stream, Times, output_errors, tensor_digests, write_file
@@ -107,17 +110,25 @@ def quantize_checkpoint(
     device: str = "cpu",
     ranks: Ranks | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    calibration: list[Batch] | None = None,
 ) -> Summary:
     """Carries out a plan: writes the packed model folder `out`, or goes on with it.
 
     device: where weights are clustered. ranks: this process among those of a torchrun job (all with the same plan and a file
-    system they share). on_progress: called in rank 0 after each batch of tensors. Raises CheckpointError where the folder
+    system they share). on_progress: called in rank 0 after each batch of tensors. calibration: batches of texts for objective
+    "output", which has the whole model in memory and works in one process. Raises CheckpointError where the folder
     holds something else or the source is damaged, OutputError where the output cannot be written, RankDied, and ValueError
     naming a weight with NaN or Inf; finished shards are kept, and the same call goes on from there.
     """
     start = time.perf_counter()
     ranks = ranks or Ranks()
+    with_outputs = plan.config.objective == "output"
+    if with_outputs != (calibration is not None):
+        raise ValueError(f"calibration: objective {plan.config.objective!r} {'needs' if with_outputs else 'takes no'} batches")
+    if with_outputs and ranks.size > 1:
+        raise ValueError("objective: 'output' goes layer after layer in one process; give the command without torchrun")
     wanted = plan.request(device.partition(":")[0])
+    wanted |= {"calibration": batches_digest(calibration)} if calibration is not None else {}
     same = len({json.dumps(other) for other in ranks.gather((wanted, plan.side_files))}) == 1
     ranks.agree(same, lambda: CheckpointError(f"{plan.source}: the ranks do not see the same checkpoint, options and version"))
     with contextlib.ExitStack() as stack:
@@ -140,7 +151,15 @@ def quantize_checkpoint(
         todo = [] if done is None else [shard for shard in settled.shards if shard.name not in done]
         mine = _share(todo, ranks.size)[ranks.rank]
         progress.begin(sum(shard.work for shard in settled.shards) - sum(shard.work for shard in todo))
+        ready: dict[str, Tensor] = {}
+        if calibration is not None and todo:
+            fitting = _Fitting(settled, progress)
+            with output_errors(out):
+                ready, read_now = output_tensors(settled, out, calibration, device, fitting)
+            known.update(read_now)
+            fitting.finish()
         stream = Stream(out, settled, device, lambda shard, batch: progress.add(batch, shard.name), known)
+        stream.ready = ready
         if todo:
             with output_errors(out):
                 stream.run(mine)
@@ -200,6 +219,17 @@ class _Reading:
         self._progress.resumed += resumed
         self._progress.done = self._progress.resumed + self._read
 
+    def extend(self, count: int) -> None:
+        """There is work that counts as so many bytes more."""
+        self._progress.total += count
+
+    def found(self, count: int, name: str | None = None) -> None:
+        """So much of that is done, the last of it for the tensor `name`."""
+        self.begin(count)
+        if name is not None and self._on_progress is not None:
+            self._progress.tensor = name
+            self._on_progress(self._progress)
+
     def add(self, batch: list[Unit], shard: str = "") -> None:
         """These units are read and worked on; raises RankDied where another rank is known to be gone."""
         self._ranks.check()
@@ -233,6 +263,24 @@ def _measure(
     for part in ranks.gather(measure(plan, mine, out / STATE, device, digests, progress.add)):
         known.update(part)
     return {unit.name: known[unit.name] for unit in plan.measured}, {unit.source.name for unit in plan.measured}, mine
+
+
+class _Fitting:
+    """The progress of the search for what keeps the outputs: the weights count as bytes once more."""
+
+    def __init__(self, plan: StreamPlan, progress: _Reading) -> None:
+        self._bytes = {unit.name.removesuffix(".weight"): unit.source.nbytes for unit in plan.units if unit.bits is not None}
+        self._progress = progress
+        progress.extend(sum(self._bytes.values()))
+
+    def __call__(self, names: list[str]) -> None:
+        """The weights `names` are found."""
+        if names:
+            self._progress.found(sum(self._bytes.pop(name, 0) for name in names), f"{names[-1]}, fitted")
+
+    def finish(self) -> None:
+        """All are."""
+        self._progress.found(sum(self._bytes.values()))
 
 
 def _peak_bytes() -> int:

@@ -327,6 +327,7 @@ class Stream:
         known: dict[str, str],
     ) -> None:
         """known: the SHA-256 that tensors must have, by name."""
+        self.ready: dict[str, Tensor] = {}  # tensors of the output that stand for weights already, by name
         self.out, self.config, self.device, self._on_batch, self._known = out, plan.config, device, on_batch, known
         self._batch_bytes = batch_bytes(plan.units)
         self.times = Times()
@@ -392,7 +393,9 @@ class Stream:
         results: list[tuple[str, Tensor]] = []
         chosen: list[tuple[Unit, Tensor]] = []
         for unit, tensor in zip(batch, tensors, strict=True):
-            if unit.bits is not None:
+            if unit.outputs[0].name in self.ready:
+                results += [(output.name, self.ready[output.name].to(output.dtype)) for output in unit.outputs]
+            elif unit.bits is not None:
                 chosen.append((unit, tensor.to(unit.dtype)))
             else:  # a copy: the mapping would have the thread that writes wait for the disk again
                 results.append((unit.outputs[0].name, tensor.to(unit.dtype, copy=True)))

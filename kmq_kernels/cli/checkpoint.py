@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ from .options import (
     GranularityOption,
     GroupRows,
     ModelArg,
+    Objective,
+    ObjectiveOption,
     OutlierFraction,
     OutOption,
     RowScale,
@@ -39,6 +42,8 @@ from .options import (
     refuse_both,
     size_of,
 )
+
+CALIBRATION_TEXTS, CALIBRATION_TOKENS, CALIBRATION_BATCH = 512, 128, 16  # at most, of a text at most, in a batch
 
 
 def quantize(
@@ -70,6 +75,11 @@ def quantize(
     granularity: GranularityOption = Granularity.tensor,
     group_rows: GroupRows = 8,
     preset: Annotated[str | None, option(QUANTIZATION, "NAME", f"A published system: {PRESETS}.")] = None,
+    objective: ObjectiveOption = Objective.weights,
+    calibration_file: Annotated[
+        Path | None, option(QUANTIZATION, "FILE", "Texts for objective output: txt (a text a line), csv, tsv or jsonl.")
+    ] = None,
+    text_column: Annotated[str, option(QUANTIZATION, "NAME", "Column of the text in the calibration file.")] = "text",
     outlier_fraction: OutlierFraction = 0.0,
     row_scale: RowScale = False,
     skip: Annotated[
@@ -116,6 +126,10 @@ def quantize(
     refuse_both(bits, size, bits_per_weight)
     if allocation is None and (size or bits_per_weight) and preset != "hessian":
         allocation = Allocation.distortion
+    if (objective is Objective.output) != (calibration_file is not None):
+        needed = "a calibration file" if calibration_file is None else "no calibration file"
+        raise ValueError(f"calibration_file: objective {objective.value!r} needs {needed}")
+    texts = None if calibration_file is None else _texts(calibration_file, text_column, seed)
     from .. import checkpoint
     from ..files import parse_size
     from ..quantization import KMQConfig
@@ -124,6 +138,7 @@ def quantize(
     options: dict[str, Any] = {
         "bits": bits, "scheme": scheme.value, "granularity": granularity.value, "group_rows": group_rows, "preset": preset,
         "skip": skip, "module_bits": given, "outlier_fraction": outlier_fraction, "row_scale": row_scale, "seed": seed,
+        "objective": objective.value,
     }  # fmt: skip
     budget: dict[str, Any] = {"size": size, "bits_per_weight": bits_per_weight, "allocation": allocation and allocation.value}
     config = KMQConfig(**Command.given(options), **{name: value for name, value in budget.items() if value is not None})
@@ -139,12 +154,13 @@ def quantize(
         _say_notes(plan)
         _print_plan(checkpoint.decide(plan, checkpoint.choose_device(device, checkpoint.Ranks())), as_json)
         return
+    batches = None if texts is None else _batches(plan.source, texts)
     with checkpoint.Ranks.of_environment() as job:
         if job.rank == 0:
             _say_notes(plan)
         with _progress() as on_progress:
             summary = checkpoint.quantize_checkpoint(
-                plan, out, device=checkpoint.choose_device(device, job), ranks=job, on_progress=on_progress
+                plan, out, device=checkpoint.choose_device(device, job), ranks=job, on_progress=on_progress, calibration=batches
             )
         if job.rank == 0:
             _print_summary(summary, job.size, as_json)
@@ -177,6 +193,37 @@ def _embedded_id(model: str) -> str | None:
     from ..training import EMBEDDED_ID
 
     return EMBEDDED_ID
+
+
+def _texts(path: Path, column: str, seed: int) -> list[str]:
+    """The texts to calibrate with, each once, of many a sample; what was left out is said."""
+    from ..tasks import read_texts
+
+    file = read_texts(path, column)
+    for sentence in file.note:
+        note(sentence)
+    texts = list(dict.fromkeys(file.texts))
+    if len(texts) > CALIBRATION_TEXTS:
+        note(f"{path}: {CALIBRATION_TEXTS} of {len(texts):,} texts are used, drawn with seed {seed}")
+        texts = random.Random(seed).sample(texts, CALIBRATION_TEXTS)
+    return texts
+
+
+def _batches(folder: Path, texts: list[str]) -> list[dict[str, Any]]:
+    """The texts as a model takes them, those of similar length together."""
+    from .. import hf, training
+
+    tokenizer, config = training.load_tokenizer(str(folder)), hf.model_config(folder)
+    positions = getattr(config, "max_position_embeddings", None) or CALIBRATION_TOKENS
+    longest = min(CALIBRATION_TOKENS, positions - (config.pad_token_id or 0) - 1)
+    names = {"input_ids", "attention_mask", "token_type_ids"} & set(tokenizer.model_input_names)
+    ordered = sorted(texts, key=lambda text: (len(text), text))
+    made = []
+    for first in range(0, len(ordered), CALIBRATION_BATCH):
+        part = ordered[first : first + CALIBRATION_BATCH]
+        tokens = tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        made.append({name: tokens[name] for name in sorted(names) if name in tokens})
+    return made
 
 
 def _module_bits(given: list[str] | None) -> dict[str, int] | None:

@@ -44,6 +44,13 @@ class Weighting(str, enum.Enum):
     fisher = "fisher"
 
 
+class Objective(str, enum.Enum):
+    """What clustering minimises the error of."""
+
+    weights = "weights"
+    output = "output"
+
+
 class Compute(str, enum.Enum):
     """Arithmetic of packed linear layers."""
 
@@ -192,6 +199,14 @@ OutlierFraction = Annotated[
     ),
 ]  # fmt: skip
 RowScale = Annotated[bool, option(QUANTIZATION, "", "A factor for each row beside the shared codebook.")]
+ObjectiveOption = Annotated[
+    Objective,
+    option(
+        QUANTIZATION,
+        "weights|output",
+        "What clustering keeps near: the weights, or what the layers give for texts without labels.",
+    ),
+]
 PRESETS = (
     "paper (the method as it was published: k-means++, 3 Lloyd steps, mean gradients), linear (bins of equal width), int8 (linear"
     " at 8 bits)"

@@ -35,6 +35,8 @@ from .options import (
     LatentRate,
     MaxLength,
     ModelArg,
+    Objective,
+    ObjectiveOption,
     OutlierFraction,
     OutOption,
     PairsFile,
@@ -149,6 +151,7 @@ def run(
         Weighting,
         option(QUANTIZATION, "none|fisher", "What weighs the values in the clustering: nothing, or the Fisher diagonal."),
     ] = Weighting.none,
+    objective: ObjectiveOption = Objective.weights,
     outlier_fraction: OutlierFraction = 0.0,
     row_scale: RowScale = False,
     fisher_batches: Annotated[
@@ -249,6 +252,7 @@ def run(
         "bits_per_weight": bits_per_weight,
         "size": None if size is None else parse_size("size", size),
         "weighting": weighting.value,
+        "objective": objective.value,
         "outlier_fraction": outlier_fraction,
         "row_scale": row_scale,
     }
@@ -315,6 +319,8 @@ def _name(config: Any) -> str:
     if config.has_budget:
         budget = f"-{config.bits_per_weight:g}bpw" if config.bits_per_weight else f"-{config.size}bytes" if config.size else ""
         name = f"{config.preset or config.scheme}-{config.allocation}{budget or f'-{config.bits}bit'}"
+    if config.objective == "output":
+        name += "-output"
     return name
 
 

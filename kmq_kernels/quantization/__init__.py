@@ -3,9 +3,10 @@
 from .allocation import BITS, BudgetError, by_eigenvalue, distortion_curves, least_error
 from .budget import Budget, check_budget, find_budget
 from .config import PRESETS, QUANT_METHOD, KMQConfig, name_matches
-from .encoding import encode_weights, encoded_bytes, encoded_shapes
+from .encoding import EncodedWeight, encode_weights, encoded_bytes, encoded_shapes
 from .heads import classification_layers
 from .marking import described, mark_quantized
+from .objective import encode_for_outputs
 from .plan import Plan, plan, refuse_unmatched, remarks
 from .quantize import quantize_
 from .size import ModelSize, model_size
@@ -18,6 +19,7 @@ __all__ = [
     "QUANT_METHOD",
     "Budget",
     "BudgetError",
+    "EncodedWeight",
     "KMQConfig",
     "ModelSize",
     "Plan",
@@ -28,6 +30,7 @@ __all__ = [
     "dequantize_",
     "described",
     "distortion_curves",
+    "encode_for_outputs",
     "encode_weights",
     "encoded_bytes",
     "encoded_shapes",

@@ -38,6 +38,7 @@ from .weights import Weight
 log = logging.getLogger(__name__)
 
 DAMPING = 0.1  # of the mean square of an input, added to that of each: texts are few, and inputs go together
+ROUNDING = 1e-3  # of the mean square of an input: least that is taken for how much inputs differ
 UNSEEN = 1.0  # occurrences that a word has beside those in the texts
 ADDED = 0.5  # share of an error in what is added to the output that a layer is to take back
 
@@ -254,7 +255,8 @@ class _Search:
         if bias is not None:  # it takes over the means
             gram -= torch.outer(moments.x, moments.x)
             linear -= torch.outer(aim, moments.x)
-        damping = DAMPING * float(gram.diagonal().mean()) + 1e-12
+        # Of inputs that hardly differ, what rounding leaves is no covariance.
+        damping = DAMPING * max(float(gram.diagonal().mean()), ROUNDING * float(moments.xx.diagonal().mean())) + 1e-12
         gram.diagonal().add_(damping)
         linear += damping * matrix
         wanted = torch.cholesky_solve(linear.t().double(), torch.linalg.cholesky(gram.double())).t().float().contiguous()

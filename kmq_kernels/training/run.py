@@ -248,8 +248,12 @@ class Run:
                 model.to(_device()), batches, iterations=how.hessian_iterations, path=self.out / "hessian.safetensors"
             )
             eigenvalues = {name: eigenvalues[name] for name in names if name in eigenvalues}
-        quantize_(model.cpu(), config, sample_weight=importance, eigenvalues=eigenvalues)
-        return model, tokenizer
+        calibration = None
+        if config.objective == "output":
+            calibration = self._calibration(model, tokenizer, how.output_batch_size, how.output_batches)
+        model.to("cpu" if calibration is None else _device())
+        quantize_(model, config, sample_weight=importance, eigenvalues=eigenvalues, calibration=calibration)
+        return model.cpu(), tokenizer
 
     def _calibration(self, model: Any, tokenizer: Any, batch_size: int, count: int) -> list[dict[str, torch.Tensor]]:
         task = self.task

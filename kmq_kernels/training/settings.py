@@ -59,7 +59,7 @@ class SensitivitySettings:
     """Which batches of the training set sensitivities are computed on, and how; see `sensitivity`.
 
     Fisher: `fisher_batches` batches of `fisher_batch_size` texts, damped with `damping` times the mean. Hessian likewise, with
-    at most `hessian_iterations` products a batch and module.
+    at most `hessian_iterations` products a batch and module. Objective "output": `output_batches` batches of `output_batch_size`.
     """
 
     fisher_batches: int = 400
@@ -68,3 +68,5 @@ class SensitivitySettings:
     hessian_batches: int = 2
     hessian_batch_size: int = 8
     hessian_iterations: int = 5
+    output_batches: int = 32
+    output_batch_size: int = 16
