@@ -137,7 +137,8 @@ class Passes:
             raise ValueError(f"calibration: {name} does not take these batches ({one_line(error)})") from None
         for stack in stacks:
             run = [module for module, _ in calls if any(module is one for one in stack)]
-            if len(run) == len(stack) and all(a is b for a, b in zip(run, stack, strict=True)):
+            in_order = len(run) == len(stack) and all(a is b for a, b in zip(run, stack, strict=True))
+            if in_order and not any("forward" in vars(module) for module in stack):
                 self._stack = list(stack)
                 break
         inputs: dict[int, list[int]] = {}
