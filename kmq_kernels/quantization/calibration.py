@@ -110,6 +110,7 @@ class Passes:
         self.judged = range(len(fitted), len(self.batches))
         self._stand_in = stand_in
         self._weights: list[Weight] = []
+        self.uncalled: list[Weight] = []  # whose layers do not run; the model may read them all the same
         self._stack: list[nn.Module] = []
         self._passed = 0
         self._kept: dict[tuple[int, bool], Any] = {}
@@ -145,6 +146,7 @@ class Passes:
         for module, given in calls:
             if id(module) in of:
                 inputs.setdefault(of[id(module)], []).append(id(given))
+        self.uncalled = [weight for i, weight in enumerate(weights) if i not in inputs]
         found: dict[tuple[Any, ...], Group] = {}
         for i, ids in inputs.items():
             group = found.setdefault((weights[i].kind.plain, *ids), Group([], len(ids)))
@@ -203,29 +205,27 @@ class Passes:
     def advance(self, group: Group) -> None:
         """Goes on to a group: computes what the layers of the stack before it give, for the passes to come."""
         inside = [i for i, block in enumerate(self._stack) if any(module is group.layers[0] for module in block.modules())]
+        wanted = [(number, True) for number in range(len(self.batches))] + [(number, False) for number in self.fitted]
         while inside and self._passed < inside[0]:
-            wanted = [(number, True) for number in range(len(self.batches))] + [(number, False) for number in self.fitted]
-            kept = {one: self._block(*one) for one in wanted}
-            if not self._passed and not self._keeps(kept):
-                self._stack = []
+            if not self._takes({one: self._block(*one) for one in wanted}):
+                self._stack = self._stack[: self._passed]
                 return
-            self._kept = kept
-            self._passed += 1
 
     def forget(self) -> None:
         """Goes back to the beginning: what stands for weights is about to be another."""
         self._passed, self._kept = 0, {}
 
-    def _keeps(self, kept: dict[tuple[int, bool], Any]) -> bool:
-        """Whether what the first layer gives is small enough to be kept, and all that the others need."""
+    def _takes(self, kept: dict[tuple[int, bool], Any]) -> bool:
+        """Keeps what the next layer gives, if that is small enough and all that the others need of it and of those before it."""
         size = sum(_bytes(value) for value in kept.values())
         if size > sum(p.numel() * p.element_size() for p in self.model.parameters()):
             return False
-        before = self.output(0, False)
-        self._kept, self._passed = kept, 1
-        same = _same(before, self.output(0, False))
-        self._passed = 0
-        return same
+        before, wanted = (self._kept, self._passed), self.output(0, False)
+        self._kept, self._passed = kept, self._passed + 1
+        if all(_same(wanted, self.output(0, False)) for _ in range(2)):  # twice: nothing may write into what is kept
+            return True
+        self._kept, self._passed = before
+        return False
 
     def _block(self, number: int, replaced: bool) -> Any:
         """What the next layer of the stack gives."""
@@ -256,6 +256,7 @@ class Passes:
     def _replaced(self) -> Iterator[None]:
         """Layers compute with what stands for their weights."""
         originals: dict[nn.Parameter | Tensor, Tensor] = {}
+        throughout = [(weight.source, weight.source.data) for weight in self.uncalled]
         hooks = []
 
         def put(parameter: Tensor, value: Tensor | None) -> None:
@@ -278,6 +279,9 @@ class Passes:
             return before
 
         try:
+            for weight in self.uncalled:
+                if (found := self._stand_in(weight)) is not None:
+                    weight.source.data = found[0]
             for weight in self._weights:
                 for module in {id(module): module for module in weight.modules.values()}.values():
                     hooks.append(module.register_forward_pre_hook(enters(weight)))
@@ -285,6 +289,8 @@ class Passes:
             yield
         finally:
             back()
+            for parameter, value in throughout:
+                parameter.data = value
             for hook in hooks:
                 hook.remove()
 

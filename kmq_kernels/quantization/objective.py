@@ -124,6 +124,7 @@ class _Search:
     ) -> list[EncodedWeight]:
         passes = self.passes
         groups = passes.groups([weight for weight in self.chosen if not weight.computed])
+        self.now = {weight.name: self.plain[weight.name] for weight in passes.uncalled}
         self.wanted = [_tensor(passes.output(number, False)) for number in passes.judged]
         few: list[str] = []
         with weight_bar("clustering for outputs", [weight.tensor for weight in self.chosen], progress) as bar:
