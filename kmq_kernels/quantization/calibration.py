@@ -91,10 +91,10 @@ class Group(NamedTuple):
 class Passes:
     """Forward passes of a model over batches, with or without what stands for its weights.
 
-    stand_in: what a weight is replaced with, if it is: its value as the layer stores it, and the bias or None. It is asked when a
-    layer runs, so that one decoded weight is in memory at a time. A pass ends where all that was asked of it is there. What the
-    layers of a stack (an nn.ModuleList whose members run one after the other) give is kept where it takes less memory than the
-    model, so that the layers before the one in work are not computed again.
+    stand_in: what a weight is replaced with, if it is: its value as the layer stores it, or those rows of it that an embedding
+    asks for, and the bias or None. It is asked when a layer runs, so that one decoded weight is in memory at a time. A pass ends
+    where all that was asked of it is there. What the layers of a stack (an nn.ModuleList whose members run one after the other)
+    give is kept where it takes less memory than the model, so that the layers before the one in work are not computed again.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Passes:
         model: nn.Module,
         fitted: list[Batch],
         judged: list[Batch],
-        stand_in: Callable[[Weight], tuple[Tensor, Tensor | None] | None],
+        stand_in: Callable[[Weight, Tensor | None], tuple[Tensor, Tensor | None] | None],
     ) -> None:
         self.model, self.device = model, next(model.parameters()).device
         self.batches = [{name: value.to(self.device) for name, value in batch.items()} for batch in (*fitted, *judged)]
@@ -271,19 +271,30 @@ class Passes:
 
         def enters(weight: Weight) -> Any:
             def before(module: nn.Module, args: Any) -> None:
-                found = self._stand_in(weight)
+                found = self._stand_in(weight, None)
                 if found is not None:
                     put(weight.source, found[0])
                     put(module.bias if found[1] is not None else weight.source, found[1])  # type: ignore[arg-type]
 
             return before
 
+        def embeds(weight: Weight) -> Any:
+            def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+                rows, places = _first(args, kwargs).unique(return_inverse=True)
+                found = self._stand_in(weight, rows)
+                return output if found is None else found[0][places]
+
+            return after
+
         try:
             for weight in self.uncalled:
-                if (found := self._stand_in(weight)) is not None:
+                if (found := self._stand_in(weight, None)) is not None:
                     weight.source.data = found[0]
             for weight in self._weights:
                 for module in {id(module): module for module in weight.modules.values()}.values():
+                    if isinstance(module, nn.Embedding):
+                        hooks.append(module.register_forward_hook(embeds(weight), with_kwargs=True))
+                        continue
                     hooks.append(module.register_forward_pre_hook(enters(weight)))
                     hooks.append(module.register_forward_hook(back))
             yield

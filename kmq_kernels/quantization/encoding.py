@@ -48,6 +48,21 @@ def encoded_shapes(rows: int, cols: int, bits: int, config: KMQConfig) -> dict[s
     return {"codebook": (codebooks, 2**bits), "packed": (rows, row_bytes(cols, bits))}
 
 
+def decode_rows(encoded: EncodedWeight, rows: Tensor, cols: int, group_rows: int) -> Tensor:
+    """Some rows of `decode`, (len(rows), cols). rows: int64, each once."""
+    books = encoded.codebook[rows.div(group_rows, rounding_mode="floor")]
+    weight = ops.dequantize(encoded.packed[rows], books, cols, group_rows=1)
+    if encoded.row_scale is not None:
+        weight = weight * encoded.row_scale[rows, None]
+    if encoded.outlier_index is not None and encoded.outlier_values is not None:
+        place = torch.full((len(encoded.packed),), -1, device=rows.device)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        index = encoded.outlier_index.long()
+        row = place[index.div(cols, rounding_mode="floor")]
+        weight[row[row >= 0], (index % cols)[row >= 0]] = encoded.outlier_values[row >= 0]
+    return weight
+
+
 def encoded_bytes(rows: int, cols: int, bits: int, config: KMQConfig, itemsize: int = 4) -> int:
     """Bytes of all that is stored of a weight (rows, cols) with `bits` bits; itemsize: bytes of a floating-point value."""
     shapes = encoded_shapes(rows, cols, bits, config)

@@ -32,7 +32,7 @@ from ..clustering import Clusters, OutputProblem, fit_outputs
 from ._progress import weight_bar
 from .calibration import Batch, Group, Passes, read_batches, token_weights
 from .config import KMQConfig
-from .encoding import EncodedWeight, decode, encode_weights
+from .encoding import EncodedWeight, decode, decode_rows, encode_weights
 from .weights import Weight
 
 log = logging.getLogger(__name__)
@@ -109,11 +109,15 @@ class _Search:
         self.tokens: dict[str, int] = {}  # that a weight was fitted to
         self.wanted: list[Tensor] = []  # the outputs of the model as it is for the texts to judge by
 
-    def _stand_in(self, weight: Weight) -> tuple[Tensor, Tensor | None] | None:
+    def _stand_in(self, weight: Weight, rows: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+        """What stands for a weight so far, or for some rows of it: see `Passes`."""
         encoded = self.now.get(weight.name)
         if encoded is None:
             return None
-        matrix = decode(encoded, weight.cols, self.config.rows_per_codebook(weight.rows)).to(weight.source.dtype)
+        group_rows = self.config.rows_per_codebook(weight.rows)
+        if rows is not None:
+            return decode_rows(encoded, rows, weight.cols, group_rows).to(weight.source.dtype), None
+        matrix = decode(encoded, weight.cols, group_rows).to(weight.source.dtype)
         return matrix.t() if weight.transposed else matrix.view(weight.source.shape), encoded.bias
 
     def __call__(

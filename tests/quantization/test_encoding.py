@@ -6,6 +6,7 @@ import torch
 import kmq_kernels as kmq
 from kmq_kernels.layers import CodebookModule
 from kmq_kernels.quantization import encode_weights, encoded_bytes
+from kmq_kernels.quantization.encoding import decode, decode_rows
 
 
 def _heavy(rows, cols):
@@ -120,3 +121,18 @@ def test_training_moves_factors_and_outliers_and_no_index():
     optimizer.step()
     for name, value in module.stored().items():
         assert torch.equal(value, before[name]) == (name in ("packed", "outlier_index")), name
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "row"}, {"granularity": "group", "group_rows": 7}])
+@pytest.mark.parametrize("more", [{}, {"row_scale": True, "outlier_fraction": 0.05}])
+def test_decoded_weights_and_rows_are_those_of_the_module(options, more):
+    if more and options.get("granularity") == "row":
+        more = {"outlier_fraction": 0.05}
+    config = kmq.KMQConfig(bits=3, **options, **more)
+    weight = _heavy(30, 50)
+    (encoded,) = encode_weights([weight], [3], config)
+    group_rows = config.rows_per_codebook(30)
+    whole = decode(encoded, 50, group_rows)
+    assert torch.equal(whole, _module(weight, config).weight)
+    rows = torch.tensor([29, 0, 13, 14])
+    assert torch.equal(decode_rows(encoded, rows, 50, group_rows), whole[rows])

@@ -192,7 +192,7 @@ def test_what_is_kept_changes_no_pass(kind):
     batches = [{"x": torch.randn(6, 12)} for _ in range(3)]
     weights = plan(model, kmq.KMQConfig(skip=[])).quantized
     halves = {weight.name: (weight.tensor / 2, None) for weight in weights}
-    keeps, plain = (Passes(model, batches[:2], batches[2:], lambda weight: halves[weight.name]) for _ in range(2))
+    keeps, plain = (Passes(model, batches[:2], batches[2:], lambda weight, rows: halves[weight.name]) for _ in range(2))
     groups = keeps.groups(weights)
     assert [len(plain.groups(weights)), len(groups)] == [4, 4]
     for group in groups:
@@ -208,7 +208,7 @@ def test_what_is_kept_changes_no_pass(kind):
 def test_groups_of_a_family(family):
     model = _model(family)
     weights = plan(model, kmq.KMQConfig()).quantized
-    passes = Passes(model, _batches(1), [], lambda weight: None)
+    passes = Passes(model, _batches(1), [], lambda weight, rows: None)
     groups = passes.groups(weights)
     assert sum(len(group.weights) for group in groups) + len(passes.uncalled) == len(weights)
     assert [weight.name for weight in passes.uncalled] == (["encoder.rel_embeddings"] if family == "deberta-v2" else [])
