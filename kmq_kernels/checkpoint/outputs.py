@@ -56,7 +56,7 @@ def output_tensors(
     model = find_class(plan_.model_class, config, plan_.source).from_pretrained(plan_.source, dtype=plan_.dtype).to(device)
     chosen = plan(model, plan_.config).quantized
     names = {weight.parameter: weight.name for weight in chosen}
-    finished = _finished(folder, names)
+    finished = _finished(folder, names, device)
     on_group(list(finished))
 
     def keep(group: dict[str, EncodedWeight]) -> None:
@@ -95,13 +95,13 @@ def _named(group: dict[str, EncodedWeight]) -> dict[str, Tensor]:
     return {f"{name}.{part}": tensor for name, encoded in group.items() for part, tensor in _parts(encoded).items()}
 
 
-def _finished(folder: Path, names: dict[str, str]) -> dict[str, EncodedWeight]:
+def _finished(folder: Path, names: dict[str, str], device: str) -> dict[str, EncodedWeight]:
     """What earlier runs found, by name of the weight; a file that cannot be read counts as not there."""
     found: dict[str, dict[str, Tensor]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         for name, tensor in (_read(path) or {}).items():
             weight, _, part = name.rpartition(".")
-            found.setdefault(weight, {})[part] = tensor
+            found.setdefault(weight, {})[part] = tensor.to(device)
     known = set(names.values())
     return {name: _encoded(parts) for name, parts in found.items() if name in known}
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..clustering import Clusters, OutputProblem, fit_outputs
+from ..terminal import draws_bars
 from ._progress import weight_bar
 from .calibration import Batch, Group, Passes, read_batches, token_weights
 from .config import KMQConfig
@@ -131,7 +132,8 @@ class _Search:
         self.now = {weight.name: self.plain[weight.name] for weight in passes.uncalled}
         self.wanted = [_tensor(passes.output(number, False)) for number in passes.judged]
         few: list[str] = []
-        with weight_bar("clustering for outputs", [weight.tensor for weight in self.chosen], progress) as bar:
+        shown = draws_bars() if progress is None else progress
+        with weight_bar("clustering for outputs", [weight.tensor for weight in self.chosen], shown) as bar:
             for group in groups:
                 passes.advance(group)
                 names = [weight.name for weight in group.weights]
