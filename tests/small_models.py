@@ -30,6 +30,7 @@ _SIZES = [
 _OWN = {
     "esm": {"vocab_size": 96, "pad_token_id": 1, "mask_token_id": 4},
     "funnel": {"block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "block_repeats": [1, 1]},
+    "mobilebert": {"embedding_size": 16},  # its decoder has a row for each of what the hidden size is larger
     "reformer": {"axial_pos_embds": False, "hidden_size": 32, "feed_forward_size": 48},
     "squeezebert": {
         "hidden_size": 32,

@@ -31,9 +31,9 @@ NAMED = [
 ]
 HEADS = ["AutoModelForMaskedLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"]
 
-# Families that are refused, and the sentence. Convolutions are all that these have.
+# Families that are refused, and the sentence. Convolutions are all that these have; I-BERT has layers of its own only.
 REFUSED = "ValueError: model: it has no embedding or linear layer to quantize"
-WITHOUT_LAYERS = ["mobilenet_v2", "poolformer", "pp_ocrv6_small_det", "pp_ocrv6_small_rec", "pp_ocrv6_tiny_rec"]
+WITHOUT_LAYERS = ["mobilenet_v2", "poolformer", "pp_ocrv6_small_det", "pp_ocrv6_small_rec", "pp_ocrv6_tiny_rec", "ibert"]
 # `kmq quantize` alone: of these transformers joins tensors, mostly experts, while it loads what save_pretrained wrote.
 REFUSED_AS_STREAM = "; save the model again with save_pretrained(save_original_format=False) first"
 JOINED = [
@@ -67,7 +67,7 @@ def digest(model):
     """SHA-256 of everything a model holds, and of what it makes of a few token ids where it takes nothing else."""
     content = hashlib.sha256()
     for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()  # torch's own results depend on where in a file's pages a tensor begins
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)  # torch's results depend on place and strides
     for name, tensor in sorted(model.state_dict().items()):
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         content.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
