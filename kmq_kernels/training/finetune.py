@@ -123,10 +123,11 @@ class _StageTrainer(Trainer):
 
 
 class _Bar(TrainerCallback):
-    """A bar of the steps, and nothing else: Trainer's own callbacks print dictionaries between its bars."""
+    """A bar of the steps with the mean loss of the last few; Trainer's own callbacks print dictionaries between its bars."""
 
-    def __init__(self, title: str) -> None:
-        self._title = title
+    def __init__(self, title: str, losses: list[torch.Tensor]) -> None:
+        """losses: of every step so far, which the trainer adds to."""
+        self._title, self._losses = title, losses
         self._bar: Any = None
 
     def _start(self, total: int) -> None:
@@ -141,6 +142,8 @@ class _Bar(TrainerCallback):
         self._start(state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._bar.disable and self._losses and len(self._losses) % LOOK_EVERY == 0:
+            self._bar.set_postfix(loss=f"{float(torch.stack(self._losses[-LOOK_EVERY:]).mean()):.3f}", refresh=False)
         self._bar.update()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -176,7 +179,7 @@ def _trainer(
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(_Bar(title))
+    trainer.add_callback(_Bar(title, trainer.losses))
     if settings.assignments == "moving":
         trainer.add_callback(Settle(model))
     return trainer

@@ -179,12 +179,13 @@ def save(
     name: str = "",
     quality: Quality | None = None,
     beside: tuple[Path, Path | None] | None = None,
+    made_by: str = "kmq run",
 ) -> None:
     """Model, tokenizer and, for a quantized model, its card.
 
     source: folder or hub id of the model that everything began with; name: as it was given. quality: what was measured.
     beside: a folder whose other files come along, and what its links may not lead out of, as `find_source` gives them: the
-    modules of sentence-transformers, their weights and settings.
+    modules of sentence-transformers, their weights and settings. made_by: the command.
     """
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -197,4 +198,4 @@ def save(
                 shutil.copyfile(place / other, folder / other)
     if isinstance(getattr(model.config, "quantization_config", None), KMQConfig):
         base = EMBEDDED_ID if name == EMBEDDED_MODEL and not Path(name).exists() else hub_id(name)
-        save_card(model, folder, quality=quality, source=source, base_model=base, made_by="kmq run")
+        save_card(model, folder, quality=quality, source=source, base_model=base, made_by=made_by)

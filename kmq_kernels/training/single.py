@@ -47,7 +47,8 @@ def finetune_folder(
         finetune(network, tokenizer, task, settings, scratch, followed)
         metrics = evaluate(network, tokenizer, task, settings, scratch)
     shutil.rmtree(scratch, ignore_errors=True)
-    save(network, tokenizer, out, source=teacher, quality=quality_of(task, metrics, None), beside=beside)
+    quality = quality_of(task, metrics, None)
+    save(network, tokenizer, out, source=teacher, name=model, quality=quality, beside=beside, made_by="kmq finetune")
     return metrics
 
 

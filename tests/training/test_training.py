@@ -1,5 +1,6 @@
 """The second fine-tuning as a whole: losses of the reference path, the same bits for any number of threads, DDP, autocast."""
 
+import importlib
 import sys
 import types
 from pathlib import Path
@@ -154,3 +155,18 @@ def test_ddp_gradients_are_those_of_the_whole_batch(tmp_path):
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_bar_shows_the_mean_loss_of_the_last_steps(monkeypatch, capsys):
+    module = importlib.import_module("kmq_kernels.training.finetune")
+
+    monkeypatch.setattr(module, "draws_bars", lambda: True)
+    losses = []
+    bar = module._Bar("stage", losses)
+    bar.on_train_begin(None, types.SimpleNamespace(max_steps=2 * module.LOOK_EVERY), None)
+    for step in range(2 * module.LOOK_EVERY):
+        losses.append(torch.tensor(float(step >= module.LOOK_EVERY) + 0.25))
+        bar.on_step_end(None, None, None)
+    bar._bar.refresh()
+    assert "loss=1.250" in capsys.readouterr().err
+    bar.on_train_end(None, None, None)
