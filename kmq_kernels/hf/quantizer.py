@@ -32,7 +32,7 @@ from ..quantization import (
 )
 from .contents import Contents, inspect, stored_dtype, untie, writer
 from .names import own_names
-from .save import follow
+from .save import save_card
 
 for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
     mapping.pop(QUANT_METHOD, None)  # of this module before it was reloaded
@@ -92,9 +92,17 @@ class KMQQuantizer(HfQuantizer):
             left = [name for weight in weights if weight.bits is None for name in weight.modules]
             self.quantization_config = described(model, modules, left, config)
 
-    def follow(self, model: Any) -> None:
-        """Has `save_pretrained` of a quantized model write its card, too."""
-        follow(model)
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
+        """What save_pretrained asks for before it writes; the card and what sentence-transformers has to know go there now.
+
+        transformers gives the folder to nobody but itself, so it is read from the frame of the caller. A method of the model's
+        own instead would keep the model in a cycle, and its memory until the next collection.
+        """
+        caller = sys._getframe(1).f_locals
+        folder, writes = caller.get("save_directory"), caller.get("save_on_this_rank", False)
+        if folder is not None and writes and not getattr(model, "_hf_peft_config_loaded", False):
+            save_card(model, Path(folder))
+        return super().get_state_dict_and_metadata(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """A packed checkpoint is not joined or split while it is loaded, and has the names of its own modules."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import os
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +10,6 @@ from ..files import read_json
 from ..layers import CodebookModule
 from ..quantization import model_size
 from .card import Facts, Quality, card, hub_id, require, source_card, write_card
-
-
-class PackedSave:
-    """`save_pretrained` of one packed model: that of its class, then README.md and what sentence-transformers has to know.
-
-    transformers gives nobody else the folder that it writes to, so a model gets this as an attribute when it is quantized or
-    loaded, and loses it with `dequantize_`. It does not keep the model, and follows it into copies.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedSave:
-        return PackedSave(memo.get(id(self._model()), self._model()))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PackedSave, (self._model(),)
-
-    def __call__(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
-        """See `PreTrainedModel.save_pretrained`. A README.md that this package did not write is left as it is."""
-        model: Any = self._model()
-        result = type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
-        if is_main_process and not getattr(model, "_hf_peft_config_loaded", False) and Path(save_directory).is_dir():
-            save_card(model, Path(save_directory))
-        return result
-
-
-def follow(model: Any) -> None:
-    """Gives a packed transformers model its own `save_pretrained`."""
-    vars(model)["save_pretrained"] = PackedSave(model)
 
 
 def save_card(

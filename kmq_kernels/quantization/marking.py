@@ -91,7 +91,6 @@ def mark_quantized(model: nn.Module, config: KMQConfig) -> None:
         from transformers.quantizers import AutoHfQuantizer
 
         part.hf_quantizer = AutoHfQuantizer.from_config(own, pre_quantized=True)
-        part.hf_quantizer.follow(part)
         part.is_quantized = True
         part.quantization_method = QUANT_METHOD
         # What transformers would turn back while saving: names of families that had others once. A codebook cannot be joined
@@ -124,6 +123,5 @@ def unmark(model: nn.Module) -> None:
         if getattr(part, "hf_quantizer", None) is not None:
             part.hf_quantizer = None
         part.is_quantized = False
-        vars(part).pop("save_pretrained", None)
         if part.__dict__.get("_weight_conversions") == []:
             del part._weight_conversions
