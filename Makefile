@@ -81,8 +81,11 @@ wheel: $(VENV)/installed .venv-wheel/installed
 	mv build/wheel/repaired/*.whl dist/
 	@cd dist && for wheel in $$(ls -t *.whl | head -n 1); do echo "dist/$$wheel: $$(stat -c %s $$wheel) bytes"; done
 
+# Processes of tests, two threads each; those who wait for others sleep.
+TEST_PROCESSES ?= 2
+
 test: lint docs $(VENV)/built
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(VENV)/built
 	$(BIN)/python -m pytest -m "slow and not gpu"
