@@ -93,16 +93,22 @@ class KMQQuantizer(HfQuantizer):
             self.quantization_config = described(model, modules, left, config)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
-        """What save_pretrained asks for before it writes; the card and what sentence-transformers has to know go there now.
+        """What save_pretrained asks for before it writes: the state dict that it was given and would put this in the place of; None:
+        the model's own. The card and what sentence-transformers has to know go into its folder now.
 
-        transformers gives the folder to nobody but itself, so it is read from the frame of the caller. A method of the model's
-        own instead would keep the model in a cycle, and its memory until the next collection.
+        A configuration that took the place of the model's says again that the model is quantized. transformers hands on neither the
+        folder nor the state dict, so they are read from the frame of the caller. A method of the model's own instead would keep the
+        model in a cycle, and its memory until the next collection.
         """
-        caller = sys._getframe(1).f_locals
-        folder, writes = caller.get("save_directory"), caller.get("save_on_this_rank", False)
-        if folder is not None and writes and not getattr(model, "_hf_peft_config_loaded", False):
+        packed = any(isinstance(module, CodebookModule) for module in model.modules())
+        if packed and getattr(model.config, "quantization_config", None) is None:
+            model.config.quantization_config = self.quantization_config
+        caller = sys._getframe(1)
+        given = caller.f_locals if caller.f_code.co_name == "save_pretrained" else {}
+        folder, writes = given.get("save_directory"), given.get("save_on_this_rank", False)
+        if packed and folder is not None and writes and not getattr(model, "_hf_peft_config_loaded", False):
             save_card(model, Path(folder))
-        return super().get_state_dict_and_metadata(model)
+        return given.get("state_dict"), {}
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """A packed checkpoint is not joined or split while it is loaded, and has the names of its own modules."""
@@ -119,18 +125,6 @@ class KMQQuantizer(HfQuantizer):
     def is_serializable(self, **kwargs: Any) -> bool:
         """A packed model is saved as it is."""
         return True
-
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
-        """The state dict that save_pretrained was given and would put this in the place of; None: the model's own.
-
-        A configuration that took the place of the model's says again that the model is quantized.
-        """
-        packed = any(isinstance(module, CodebookModule) for module in model.modules())
-        if packed and getattr(model.config, "quantization_config", None) is None:
-            model.config.quantization_config = self.quantization_config
-        caller = sys._getframe(1)
-        given = caller.f_locals.get("state_dict") if caller.f_code.co_name == "save_pretrained" else None
-        return given, {}
 
     @property
     def is_trainable(self) -> bool:
