@@ -93,12 +93,12 @@ class KMQQuantizer(HfQuantizer):
             self.quantization_config = described(model, modules, left, config)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, Any]]:
-        """What save_pretrained asks for before it writes: the state dict that it was given and would put this in the place of; None:
-        the model's own. The card and what sentence-transformers has to know go into its folder now.
+        """What save_pretrained asks for before it writes: the state dict that it was given and would put this in the place of, or
+        None for the model's own. The card and what sentence-transformers has to know go into its folder now.
 
-        A configuration that took the place of the model's says again that the model is quantized. transformers hands on neither the
-        folder nor the state dict, so they are read from the frame of the caller. A method of the model's own instead would keep the
-        model in a cycle, and its memory until the next collection.
+        A configuration that took the place of the model's says again that the model is quantized. transformers hands on neither
+        the folder nor the state dict, so they are read from the frame of the caller. A method of the model's own instead would
+        keep the model in a cycle, and its memory until the next collection.
         """
         packed = any(isinstance(module, CodebookModule) for module in model.modules())
         if packed and getattr(model.config, "quantization_config", None) is None:
