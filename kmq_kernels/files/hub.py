@@ -7,7 +7,6 @@ import os
 import re
 from pathlib import Path
 
-from .beside import NOT_DOWNLOADED
 from .opening import CheckpointError, cache_of, one_line
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -55,6 +54,8 @@ def find_source(model: str, revision: str | None = None) -> tuple[Path, Path | N
     if path.exists() or looks_local(model):
         return path, cache_of(path)
     from huggingface_hub import snapshot_download
+
+    from .beside import NOT_DOWNLOADED  # which imports torch
 
     folder = model_folder(model, revision)
     try:

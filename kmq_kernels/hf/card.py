@@ -23,7 +23,8 @@ _SENTENCE_CLASSES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 class Quality:
     """Metrics of a task, by the names of `evaluate`, of the quantized model and of the one in fp32 that it was made from.
 
-    dataset, dataset_name: the id on the hub (of own files: their name) and what people call it. task_type: the hub's word.
+    dataset, dataset_name: the id on the hub (of own files, which are not `on_hub`: their name) and what people call it.
+    task_type: the hub's word.
     """
 
     dataset: str
@@ -31,6 +32,7 @@ class Quality:
     task_type: str
     metrics: dict[str, float]
     fp32: dict[str, float] | None = None
+    on_hub: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _metadata(facts: Facts, before: dict[str, Any], base: Any, quality: Quality 
     kept = {key: before[key] for key in _KEPT if before.get(key)}
     widths = [f"{bits}-bit" for bits in sorted(facts.bits)]
     tags = dict.fromkeys(["kmq", "quantized", *widths, *libraries])
-    if quality is not None and _HUB_ID.fullmatch(quality.dataset):
+    if quality is not None and quality.on_hub and _HUB_ID.fullmatch(quality.dataset):
         kept["datasets"] = list(dict.fromkeys([*_listed(kept.get("datasets")), quality.dataset]))
     results = None
     if quality is not None:

@@ -169,9 +169,9 @@ def optimize_(model: Any, compute: str | None = "float") -> Any:
     """Makes a packed model run as fast as this CPU allows, in place, for inference; nothing that is stored changes.
 
     model: a torch module, or anything with modules inside such as a SentenceTransformer or CrossEncoder, whose linear layers were
-    packed by `quantize_`. compute: "float" computes in fp32; "int8" rounds the inputs of linear layers row by row to integers of
-    8 bits, and codebooks too, which costs accuracy where a codebook serves a whole tensor (results/encoders_cpu_int8.md); None
-    undoes it. These two are for the CPU. "fp8" is for CUDA devices from compute capability 8.9:
+    packed by `quantize_`. compute: "float" computes in fp32; "int8" rounds codebooks, and the inputs of linear layers row by row,
+    to 8 bits (`ops.int8_linear`; what it costs and gains: results/encoders_cpu_int8.md); None undoes it. These two are for the
+    CPU. "fp8" is for CUDA devices from compute capability 8.9:
     packed linear layers multiply E4M3 numbers, inputs rounded row by row and each codebook with one scale, an error of 2 to 4 per
     cent of a layer's output; layers stay as they are in training mode, while gradients are recorded and under torch.compile.
 

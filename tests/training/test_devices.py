@@ -33,9 +33,9 @@ def other(monkeypatch):
     """Trainer's device, and where sensitivities are computed, is DEVICE; a model is saved as one from a GPU, by its values."""
     save, arranged = runs.save, transformers.TrainingArguments.device.fget
 
-    def save_values(model, tokenizer, folder):
+    def save_values(model, tokenizer, folder, **facts):
         assert {parameter.device for parameter in model.parameters()} == {DEVICE}  # Trainer has moved it
-        save(model.cpu(), tokenizer, folder)
+        save(model.cpu(), tokenizer, folder, **facts)
         model.to(DEVICE)
 
     with OtherDevice() as mode:
