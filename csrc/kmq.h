@@ -75,8 +75,8 @@ struct LinearWeight {
 constexpr int kInt8Limit = 127;       // of the magnitudes in a table
 constexpr int64_t kInt8Cols = 32768;  // more columns could overflow a sum
 
-// A codebook [G, K] in integers: codebook ~ scale [G] * table [G, K], the scale being the one with the least squared error over the
-// weights themselves; entries of a few weights (a 4096th at most) twice as large as all others are 0 in the table, and are left to the
+// A codebook [G, K] in integers: codebook ~ scale [G] * table [G, K], the scale being, of some tried, the one with the least squared
+// error over the weights themselves, their mean weighted more; entries of a few weights (one, or a 4096th at most) twice as large as all others are 0 in the table, and are left to the
 // outliers; and row_sum [rows], the sum of each row's entries of the table. A codebook that is not finite has the scale NaN.
 void int8_codebook(const Packed& packed, const float* codebook, int64_t group_rows, int8_t* table, float* scale, int32_t* row_sum,
                    const Parallel& parallel);

@@ -69,8 +69,9 @@ INT8_LIMIT = 127  # of the magnitudes in a table
 def int8_codebook(packed: Tensor, codebook: Tensor, cols: int, group_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """table (G, K) int8 and scale (G,) fp32 with codebook ~ scale * table, and row_sum (rows,) int32 of the integers.
 
-    Of some scales tried, the one with the least squared error over the weights, which are counted. Entries of at most a 4096th
-    of a codebook's weights that are at least twice as large as all others get 0: they are left to the outliers.
+    Of some scales tried, the one with the least sum over the weights of squared errors, and a tenth of the square of a row's
+    sum of them, which inputs see whose mean is not zero. Entries of at most a 4096th
+    of a codebook's weights, or of one, that are at least twice as large as all others get 0: they are left to the outliers.
     """
     bits = codebook.shape[1].bit_length() - 1
     index = unpack(packed, bits, cols).long()
@@ -84,22 +85,25 @@ def int8_codebook(packed: Tensor, codebook: Tensor, cols: int, group_rows: int) 
     used = torch.where(members > 0, c.abs(), 0.0)
     most = used.amax(1, keepdim=True)  # [G, 1]
     beyond = ((used[:, None, :] >= used[:, :, None]) * members[:, None, :]).sum(2)  # weights that are as large or larger
-    rest = torch.where(beyond * 4096 <= members.sum(1, keepdim=True), 0.0, used).amax(1, keepdim=True)
+    rest = torch.where(beyond <= (members.sum(1, keepdim=True) / 4096).clamp_min(1), 0.0, used).amax(1, keepdim=True)
     left_out = (rest > 0) & (2 * rest <= most) & (c.abs() > rest)
     most = torch.where(left_out.any(1, keepdim=True), rest, most)
     members = torch.where(left_out, 0.0, members)
-    table, best = torch.zeros_like(c), torch.full_like(most, -1.0)
+    table, best = torch.zeros_like(c), torch.full_like(most, torch.inf)
+    rows = book.bincount(minlength=len(codebook))[:, None]  # of each codebook
+    squares, total = ((members * c * x).sum(1, keepdim=True) for x in (c, 1.0))
     scale = torch.where(most > 0, most / limit, 0.0)
     candidates = min(max(1024 // codebook.shape[1], 8), 64)
     for i in range(candidates):
         t = (c * (limit * (1 - 0.5 * i / candidates)) / most.clamp_min(1e-300)).round().clamp(-limit, limit)
-        product, square = ((members * x * t).sum(1, keepdim=True) for x in (c, t))
-        explained = torch.where(square > 0, product.square() / square.clamp_min(1e-300), 0.0)
+        product, square, count = ((members * x * t).sum(1, keepdim=True) for x in (c, t, 1.0))
+        fitted = product / square.clamp_min(1e-300)
+        cost = squares - fitted * product + 0.1 * (total - fitted * count).square() / rows
         t = torch.where(left_out, 0.0, t)
-        better = explained > best
-        best = torch.where(better, explained, best)
+        better = (square > 0) & (cost < best)
+        best = torch.where(better, cost, best)
         table = torch.where(better, t, table)
-        scale = torch.where(better & (square > 0), product / square.clamp_min(1e-300), scale)
+        scale = torch.where(better, fitted, scale)
     scale = torch.where(finite, scale, torch.nan)
     row_sum = (counts * table[book]).sum(1)
     return table.to(torch.int8), scale[:, 0].float(), row_sum.to(torch.int32)

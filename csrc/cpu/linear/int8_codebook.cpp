@@ -37,10 +37,14 @@ struct Entries {
   bool left_out;  // entries above the magnitude that leave_out returned
 };
 
-// Rounds the entries at a scale of 1 / inverse; returns sum n c t and sum n t^2 of the integers t.
-KMQ_PLAIN void round_plain(Entries& e, double inverse, double limit, double& product, double& square) {
+// Rounds the entries at a scale of 1 / inverse; returns sum n c t, sum n t^2 and sum n t of the integers t.
+struct Rounded {
+  double product, square, sum;
+};
+
+KMQ_PLAIN Rounded round_plain(Entries& e, double inverse, double limit) {
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
-  double products[kLanes] = {}, squares[kLanes] = {};
+  double products[kLanes] = {}, squares[kLanes] = {}, sums[kLanes] = {};
   for (int64_t k = 0; k < e.count; k += kLanes)
     for (int64_t l = 0; l < kLanes; ++l) {
       const double up = e.value[k + l] * inverse, low = up > limit ? limit : up, in = low < -limit ? -limit : low;
@@ -48,25 +52,27 @@ KMQ_PLAIN void round_plain(Entries& e, double inverse, double limit, double& pro
       e.rounded[k + l] = t;
       products[l] += weighted * e.value[k + l];
       squares[l] += weighted * t;
+      sums[l] += weighted;
     }
-  product = square = 0;
-  for (int64_t l = 0; l < kLanes; ++l) product += products[l], square += squares[l];
+  Rounded total{};
+  for (int64_t l = 0; l < kLanes; ++l) total.product += products[l], total.square += squares[l], total.sum += sums[l];
+  return total;
 }
 
 #ifdef KMQ_X86
-KMQ_AVX2 void round_avx2(Entries& e, double inverse, double limit, double& product, double& square) {
-  round_plain(e, inverse, limit, product, square);
+KMQ_AVX2 Rounded round_avx2(Entries& e, double inverse, double limit) {
+  return round_plain(e, inverse, limit);
 }
 #endif
 
-void round_entries(Entries& e, double inverse, double limit, double& product, double& square) {
+Rounded round_entries(Entries& e, double inverse, double limit) {
 #ifdef KMQ_X86
-  if (avx2()) return round_avx2(e, inverse, limit, product, square);
+  if (avx2()) return round_avx2(e, inverse, limit);
 #endif
-  round_plain(e, inverse, limit, product, square);
+  return round_plain(e, inverse, limit);
 }
 
-// The largest magnitude in use. Where entries of at most a 4096th of the weights are at least twice as large as all others, they
+// The largest magnitude in use. Where entries of at most a 4096th of the weights, or of one weight, are at least twice as large as all others, they
 // count as not in use: one step for all would leave the others few steps.
 double leave_out(Entries& e, int64_t K) {
   int64_t order[256];
@@ -79,7 +85,7 @@ double leave_out(Entries& e, int64_t K) {
     if (members == 0) continue;
     if (most == 0) most = magnitude;
     left += members;
-    if (left * 4096 <= total) continue;
+    if (left <= std::max(1.0, total / 4096)) continue;
     if (2 * magnitude > most) return most;
     e.left_out = true;
     for (int64_t k = 0; k < K; ++k)
@@ -89,26 +95,32 @@ double leave_out(Entries& e, int64_t K) {
   return most;
 }
 
+// What the square of the sum of a row's errors counts for beside the sum of their squares: inputs whose mean is not zero see it.
+// K-means leaves no such sum; rounding a codebook moves all weights of a cluster alike. Rows of one codebook are taken for alike.
+constexpr double kMeanWeight = 0.1;
+
 // table and scale of one codebook. For each candidate scale the entries are rounded, and the scale is fitted again to the rounded
-// entries: of integers t, sum n c t / sum n t^2 has the least squared error.
-float fit(Entries& e, int64_t K, int limit, int8_t* table) {
+// entries: of integers t, sum n c t / sum n t^2 has the least squared error. The candidate of least cost is taken.
+float fit(Entries& e, int64_t K, int64_t rows, int limit, int8_t* table) {
   std::memset(table, 0, size_t(K));
   for (int64_t k = 0; k < K; ++k)
     if (!std::isfinite(e.value[k])) return std::nanf("");
   const double most = leave_out(e, K);
   if (most == 0) return 0;
   const int candidates = int(std::clamp<int64_t>(1024 / K, 8, 64));
-  double best = -1, best_scale = most / limit;
+  double squares = 0, sum = 0;
+  for (int64_t k = 0; k < K; ++k) squares += e.members[k] * e.value[k] * e.value[k], sum += e.members[k] * e.value[k];
+  double best = HUGE_VAL, best_scale = most / limit;
   for (int i = 0; i < candidates; ++i) {
     // From the whole range down to half of it: at a coarser scale the entries would lose more than chance can win.
     const double inverse = limit * (1 - 0.5 * i / candidates) / most;
-    double product, square;
-    round_entries(e, inverse, limit, product, square);
-    // The error is sum n c^2 less this.
-    const double explained = square > 0 ? product * product / square : 0;
-    if (explained <= best) continue;
-    best = explained;
-    best_scale = square > 0 ? product / square : 1 / inverse;
+    const Rounded of = round_entries(e, inverse, limit);
+    if (!(of.square > 0)) continue;
+    const double scale = of.product / of.square, off = sum - scale * of.sum;
+    const double cost = squares - scale * of.product + kMeanWeight * off * off / double(rows);
+    if (cost >= best) continue;
+    best = cost;
+    best_scale = scale;
     for (int64_t k = 0; k < K; ++k) table[k] = std::fabs(e.value[k]) > most && e.left_out ? int8_t(0) : int8_t(e.rounded[k]);
   }
   return float(best_scale);
@@ -134,7 +146,7 @@ void int8_codebook(const Packed& packed, const float* codebook, int64_t group_ro
       }
       for (int64_t r = g * group_rows; r < std::min(rows, (g + 1) * group_rows); ++r)
         for (int64_t k = 0; k < K; ++k) entries.members[k] += counts[r * K + k];
-      scale[g] = fit(entries, K, kInt8Limit, table + g * K);
+      scale[g] = fit(entries, K, std::min(rows - g * group_rows, group_rows), kInt8Limit, table + g * K);
       for (int64_t r = g * group_rows; r < std::min(rows, (g + 1) * group_rows); ++r) {
         int64_t sum = 0;
         for (int64_t k = 0; k < K; ++k) sum += int64_t(counts[r * K + k]) * table[g * K + k];
