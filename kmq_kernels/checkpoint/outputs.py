@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..files import CheckpointError, read_json
 from ..hf import find_class, kept_names, model_config
-from ..quantization import EncodedWeight, encode_for_outputs, plan
+from ..quantization import EncodedWeight, KMQConfig, encode_for_outputs, plan
 from .plan import StreamPlan
 from .stream import STATE, tensor_digests, write_file
 
@@ -54,7 +54,8 @@ def output_tensors(
         return found, digests
     config = model_config(plan_.source)
     model = find_class(plan_.model_class, config, plan_.source).from_pretrained(plan_.source, dtype=plan_.dtype).to(device)
-    chosen = plan(model, plan_.config).quantized
+    settled = KMQConfig.from_dict(json.loads(plan_.config_json)["quantization_config"])  # with the bits that a budget found
+    chosen = plan(model, settled).quantized
     names = {weight.parameter: weight.name for weight in chosen}
     finished = _finished(folder, names, device)
     on_group(list(finished))
@@ -63,7 +64,7 @@ def output_tensors(
         write_file(folder / f"{next(iter(group))}.safetensors", save(_named(group)), state)
         on_group(list(group))
 
-    encoded = encode_for_outputs(model, chosen, plan_.config, batches, finished=finished, on_group=keep, progress=False)
+    encoded = encode_for_outputs(model, chosen, settled, batches, finished=finished, on_group=keep, progress=False)
     kept = kept_names(model)
     results = {}
     for weight, result in zip(chosen, encoded, strict=True):

@@ -394,7 +394,12 @@ class Stream:
         chosen: list[tuple[Unit, Tensor]] = []
         for unit, tensor in zip(batch, tensors, strict=True):
             if unit.outputs[0].name in self.ready:
-                results += [(output.name, self.ready[output.name].to(output.dtype)) for output in unit.outputs]
+                found = [(output, self.ready[output.name]) for output in unit.outputs]
+                for output, made in found:
+                    if tuple(made.shape) != tuple(output.shape):
+                        shapes = f"{tuple(made.shape)}, expected {tuple(output.shape)}"
+                        raise CheckpointError(f"{self.out}: what stands for {output.name} has shape {shapes}; remove the folder")
+                results += [(output.name, made.to(output.dtype)) for output, made in found]
             elif unit.bits is not None:
                 chosen.append((unit, tensor.to(unit.dtype)))
             else:  # a copy: the mapping would have the thread that writes wait for the disk again

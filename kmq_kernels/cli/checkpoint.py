@@ -215,7 +215,9 @@ def _batches(folder: Path, texts: list[str]) -> list[dict[str, Any]]:
 
     tokenizer, config = training.load_tokenizer(str(folder)), hf.model_config(folder)
     positions = getattr(config, "max_position_embeddings", None) or CALIBRATION_TOKENS
-    longest = min(CALIBRATION_TOKENS, positions - (config.pad_token_id or 0) - 1)
+    padding = getattr(config, "pad_token_id", None)
+    behind = padding + 1 if padding is not None and padding < 8 else 0  # RoBERTa and its kin count positions from there on
+    longest = min(CALIBRATION_TOKENS, positions - behind)
     names = {"input_ids", "attention_mask", "token_type_ids"} & set(tokenizer.model_input_names)
     ordered = sorted(texts, key=lambda text: (len(text), text))
     made = []

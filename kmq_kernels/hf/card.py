@@ -94,6 +94,7 @@ def card(
 
 def _parted(text: str) -> tuple[dict[str, Any], str]:
     """Metadata and text of a card; metadata that cannot be read is left in the text."""
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     if not (text.startswith("---\n") and "\n---" in text[3:]):
         return {}, text
     import yaml
@@ -103,7 +104,12 @@ def _parted(text: str) -> tuple[dict[str, Any], str]:
         found = yaml.safe_load(front)
     except yaml.YAMLError:
         return {}, text
-    return (found, rest.partition("\n")[2]) if isinstance(found, dict) else ({}, text)
+    if not isinstance(found, dict):
+        return {}, text
+    if "language" in found:  # YAML takes Norwegian for a truth value
+        given = found["language"] if isinstance(found["language"], list) else [found["language"]]
+        found["language"] = ["no" if one is False else one for one in given]
+    return found, rest.partition("\n")[2]
 
 
 def _listed(value: Any) -> list[str]:
@@ -175,9 +181,9 @@ def _sizes(facts: Facts, quality: Quality | None) -> list[str]:
 def write_card(folder: Path, text: str) -> bool:
     """Writes README.md, unless there is one that this package did not write; says whether it did."""
     path = folder / "README.md"
-    if path.is_file() and MARK not in path.read_text(errors="replace"):
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return False
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return True
 
 
@@ -189,7 +195,7 @@ def source_card(source: Any) -> str | None:
 
         cached = try_to_load_from_cache(str(source), "README.md")
         path = Path(cached) if isinstance(cached, str) else path
-    return path.read_text(errors="replace") if path.is_file() else None
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 SENTENCE_CONFIG = "config_sentence_transformers.json"
@@ -219,6 +225,7 @@ def require(folder: Path, read: Callable[[Path], Any]) -> str | None:
     path = folder / SENTENCE_CONFIG
     if not path.is_file():
         return None
-    content = read(path)
-    path.write_text(json.dumps(with_requirement(content), indent=2, sort_keys=True))
+    found = read(path)
+    content = found if isinstance(found, dict) else {}
+    path.write_text(json.dumps(with_requirement(content), indent=2, sort_keys=True), encoding="utf-8")
     return sentence_class(content)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..files import read_json
 from ..layers import CodebookModule
-from ..quantization import model_size
+from ..quantization import KMQConfig, model_size
 from .card import Facts, Quality, card, hub_id, require, source_card, write_card
 
 
@@ -29,7 +29,8 @@ def save_card(
     modules = {id(module.packed): module for module in model.modules() if isinstance(module, CodebookModule)}
     size = model_size(model)
     source = source or getattr(model.config, "_name_or_path", "") or ""
-    config = model.config.quantization_config
+    given = model.config.quantization_config
+    config = KMQConfig.from_dict(given) if isinstance(given, dict) else given
     itemsize = next((module.codebook.element_size() for module in modules.values()), 4)
     facts = Facts(
         bits=dict(collections.Counter(module.bits for module in modules.values())),

@@ -56,7 +56,7 @@ def nearest(values: Tensor, codebook: Tensor, group_rows: int) -> Tensor:
 
 def settle(modules: Iterable[Any]) -> None:
     """Gives every codebook module with a latent weight the indices of the centroids that are nearest to it."""
-    done = set()
+    modules, done = list(modules), set()
     with torch.no_grad():
         for module in modules:
             if module.latent is None or id(module.packed) in done:

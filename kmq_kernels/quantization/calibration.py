@@ -197,10 +197,13 @@ class Passes:
 
         hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in group.layers]
         if group.norm is not None:
-            hooks += [layer.register_forward_hook(lambda module, args, output: outputs.append(output)) for layer in group.layers]
+            hooks += [
+                layer.register_forward_hook(lambda module, args, output: outputs.append(output.clone())) for layer in group.layers
+            ]
             hooks.append(group.norm.register_forward_pre_hook(before, with_kwargs=True))
         self._run(number, replaced, hooks)
-        return seen[: group.calls], seen[-1] - outputs[0] if group.norm is not None else None
+        added = seen[-1] - outputs[0] if outputs and len(seen) > group.calls else None
+        return seen[: group.calls], added
 
     def advance(self, group: Group) -> None:
         """Goes on to a group: computes what the layers of the stack before it give, for the passes to come."""
@@ -293,7 +296,7 @@ class Passes:
             for weight in self._weights:
                 for module in {id(module): module for module in weight.modules.values()}.values():
                     if isinstance(module, nn.Embedding):
-                        hooks.append(module.register_forward_hook(embeds(weight), with_kwargs=True))
+                        hooks.append(module.register_forward_hook(embeds(weight), with_kwargs=True, prepend=True))
                         continue
                     hooks.append(module.register_forward_pre_hook(enters(weight)))
                     hooks.append(module.register_forward_hook(back))

@@ -224,6 +224,8 @@ class _Search:
         tokens, total = 0, 0.0
         for number in passes.fitted:
             (ys, added_y), (xs, added_x) = (passes.inputs(number, replaced, group) for replaced in (False, True))
+            if [y.shape for y in ys] != [x.shape for x in xs]:  # the model sends other tokens there, or none
+                continue
             for y, x in zip(ys, xs, strict=True):
                 y, x = (self._vectors(value, group) for value in (y, x))
                 weight = token_weights(passes.batches[number], x.shape)

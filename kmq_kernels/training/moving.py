@@ -61,7 +61,10 @@ def moving(model: nn.Module, source: Any = None) -> Iterator[list[nn.Parameter]]
     if isinstance(config, KMQConfig):
         check_assignments("moving", config)
     try:
-        yield start_moving(modules, {} if source is None else matching_weights(model, source))
+        latents = start_moving(modules, {} if source is None else matching_weights(model, source))
+        if not latents:
+            raise PipelineError("assignments: 'moving' needs codebooks that train, here all are frozen")
+        yield latents
     finally:
         stop_moving(modules.values())
 

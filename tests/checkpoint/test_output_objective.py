@@ -42,6 +42,26 @@ def test_same_model_as_quantize_(bert, tmp_path):
     assert content(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"bits_per_weight": 5.5, "allocation": "uniform"},
+        {"bits_per_weight": 11.0, "allocation": "distortion"},
+        {"size": 60_000, "allocation": "distortion"},
+    ],
+    ids=lambda budget: f"{next(iter(budget))}-{budget['allocation']}",
+)
+def test_bits_that_a_budget_found(bert, tmp_path, budget):
+    config = kmq.KMQConfig(objective="output", **budget)
+    summary = quantize_checkpoint(make_plan(bert, config), tmp_path / "out", calibration=batches())  # one file, as in memory
+    found = kmq.load(tmp_path / "out", verify=True)
+    assert set(summary.module_bits) - {4}  # not those of the default
+    model = kmq.load(bert)
+    kmq.quantize_(model, config, calibration=batches())
+    again = found.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("stop_at", [0, 3, "shard"])
 def test_goes_on_where_it_was_interrupted(bert, tmp_path, stop_at, monkeypatch):
     quantized(bert, tmp_path / "whole", batches())

@@ -164,7 +164,7 @@ def test_narrow_input_is_widened_and_rounded_once(dtype, M):
 def test_activations_against_float64(activation):
     packed = kmq.pack(torch.zeros(1, 1, dtype=torch.uint8), 1)
     table, row_sum = torch.tensor([[1, 1]], dtype=torch.int8), torch.tensor([1], dtype=torch.int32)
-    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-100.0, -40.0, 0.0, 1e-20, 40.0, 1e4])])
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e36, -100.0, -40.0, 0.0, 1e-20, 40.0, 1e4])])
     got = ops.int8_linear(x[:, None], packed, table, torch.ones(1), row_sum, activation=activation)[:, 0]
     function = (lambda v: F.gelu(v, approximate="tanh")) if activation == "gelu_tanh" else getattr(F, activation)
     assert float((got.double() - function(x.double())).abs().div(x.double().abs().clamp_min(1)).max()) <= 1e-6

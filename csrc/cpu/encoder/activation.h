@@ -37,7 +37,10 @@ KMQ_PLAIN Floats gelu_of(Floats x) {
 }
 
 // x / (1 + e^-y)
-KMQ_PLAIN Floats gated(Floats x, Floats y) { return x / (1.0f + exp_of(Smaller::of(-y, Floats{} + 88.3f))); }
+KMQ_PLAIN Floats gated(Floats x, Floats y) {
+  const Floats result = x / (1.0f + exp_of(Smaller::of(-y, Floats{} + 88.3f)));
+  return y < -88.3f ? Floats{} : result;
+}
 
 // values[0 .. count) = activation of them; NaN stays NaN.
 template <Activation activation>

@@ -8,7 +8,7 @@
 // How a row is rounded. Let d = (max - min) / 255, both taken over the row and 0. Steps of d would fit all numbers into 8 bits; where a
 // few numbers are large and all others small, steps of d / 2, d / 4, d / 8 or d / 16 serve the many better, and what the few have
 // beyond 8 bits is multiplied once more. A window of 256 steps (from the least number on, but at most 128 below zero) holds the many.
-// A number e steps outside costs e / 255 more products with its column, and four columns (the same byte of them, see below) share
+// A number e steps outside counts as ceil(e / 256) more products with its column, and four columns (the same byte of them, see below) share
 // these. Of the steps tried in turn, the finest is taken with which a row costs at most max(2, a 32nd of its products) more.
 //
 // What is multiplied differs by path:
