@@ -68,7 +68,7 @@ def sources(pattern: str) -> list[str]:
 
 # No -march or -mavx2 here: a kernel that needs AVX2 says so at the function and is chosen at run time. Contraction of a * b + c
 # is off so that the scalar and vector paths round alike. PyTorch's headers need C++20 from 2.14 on.
-cxx = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+cxx = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
 # Python's own flags ask for debug information, 36 MB of it. Symbols stay: tests find the kernels by their names. Who wants to
 # debug builds with CXXFLAGS=-g (or CFLAGS).
 if not any(re.search(r"(^|\s)-g", os.environ.get(name, "")) for name in ("CFLAGS", "CXXFLAGS")):

@@ -1,14 +1,12 @@
 // Vectors of 16 numbers in the compiler's own terms: elementwise operations, which give the same bits on every path.
 //
 // A function written with them is KMQ_PLAIN and is inlined into one function for each path, where a vector is one AVX-512 register,
-// two of AVX2, or four of the baseline. Lanes are folded in halves, so that the order of a sum is the same everywhere too.
+// two of AVX2, or four of the baseline: no call depends on how a target passes vectors (hence -Wno-psabi). Lanes are folded in halves, so
+// that the order of a sum is the same everywhere too.
 #pragma once
 #include <cstring>
 
 #include "simd.h"
-
-// Vectors are returned only from functions that are always inlined: no call depends on how a target returns them.
-#pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace kmq::cpu {
 

@@ -80,8 +80,9 @@ KMQ_VNNI int32_t list_outside(const float* x, const float* extreme, int64_t grou
   int32_t count = 0;
   for (int64_t first = 0; first < groups; first += kLanes) {
     const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(extreme + first), _mm512_set1_ps(inverse)));
-    uint32_t outside = sign > 0 ? _mm512_cmpgt_epi32_mask(q, _mm512_set1_epi32(edge)) : _mm512_cmplt_epi32_mask(q, _mm512_set1_epi32(edge));
-    for (; outside; outside &= outside - 1) {
+    // 16 bits wide: GCC 12.2 spills a mask that is widened as 16 bits and reads 32 back, of which half are anything.
+    __mmask16 outside = sign > 0 ? _mm512_cmpgt_epi32_mask(q, _mm512_set1_epi32(edge)) : _mm512_cmplt_epi32_mask(q, _mm512_set1_epi32(edge));
+    for (; outside; outside &= __mmask16(outside - 1)) {
       const int64_t g = first + __builtin_ctz(outside);
       const float* const four = x + g / (kParts * kLanes) * kBlock + g % (kParts * kLanes) / kLanes * kLanes + g % kLanes;
       int32_t left[kInt8Group], most = 0;
