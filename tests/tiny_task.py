@@ -5,6 +5,8 @@ from conftest import family_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from kmq_kernels import cli
+
 WORDS = ["good", "bad", "fine", "poor", "film", "day", "food", "very", "not"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -30,3 +32,13 @@ def write_task(folder, **config):
             noun = WORDS[4 + int(torch.randint(0, 3, (), generator=generator))]
             lines.append(f"{'very ' * (i % 3)}{('good', 'bad', 'fine', 'poor')[i % 4]} {noun},{('yes', 'no')[i % 2]}")
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
+
+
+def kmq_command(monkeypatch, *arguments):
+    """The exit code of the command `kmq` with these arguments, run in this process."""
+    monkeypatch.setattr("sys.argv", ["kmq", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0

@@ -36,10 +36,10 @@ class _OnPacked:
 
     get_base_layer: Any
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         if isinstance(module, CodebookEmbedding):
             return module.num_embeddings, module.embedding_dim
-        return module.in_features, module.out_features  # type: ignore[return-value]
+        return module.in_features, module.out_features
 
     def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
         start = config.init_lora_weights
@@ -49,13 +49,13 @@ class _OnPacked:
                 f"init_lora_weights: {start!r} begins with another weight of the layer below, which a packed layer does not have;"
                 f" expected True, False, {known}"
             )
-        super().update_layer(adapter_name, *args, config=config, **kwargs)  # type: ignore[misc]
+        super().update_layer(adapter_name, *args, config=config, **kwargs)  # type: ignore[misc]  # PEFT's, the other base of a subclass
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError on a packed layer."""
         if isinstance(self.get_base_layer(), CodebookModule):
             raise ValueError(NO_MERGE)
-        super().merge(*args, **kwargs)  # type: ignore[misc]
+        super().merge(*args, **kwargs)  # type: ignore[misc]  # the same
 
 
 class LoraCodebookLinear(_OnPacked, Linear):

@@ -24,7 +24,7 @@ class CodebookModule(nn.Module):
     `outlier_values` (n,) stand at the ascending flat positions `outlier_index` (n,) int32 instead of what is decoded there.
     Both train like a bias: a factor, or a value that stands for one weight, needs no other treatment than that weight had.
     `replaces` is the plain layer whose place it took, without its tensors: what dequantize_ gives back. `latent` (rows, cols) is
-    there only while assignments move, see `moving`; it is no part of the stored weight.
+    there only while assignments move, see `moving`; it is no part of the stored weight, nor of a state dict.
     """
 
     codebook: nn.Parameter
@@ -162,6 +162,11 @@ class CodebookModule(nn.Module):
                 errors.append(f"{prefix}{name}: expected {dtype}, got {given.dtype}")
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        missing[:] = [name for name in missing if name != f"{prefix}latent"]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}latent", None)
 
     def _extra(self) -> str:
         scale = "" if self.row_scale is None else ", row_scale=True"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -262,10 +262,9 @@ class Passes:
         throughout = [(weight.source, weight.source.data) for weight in self.uncalled]
         hooks = []
 
-        def put(parameter: Tensor, value: Tensor | None) -> None:
-            if value is not None:
-                originals.setdefault(parameter, parameter.data)
-                parameter.data = value
+        def put(parameter: Tensor, value: Tensor) -> None:
+            originals.setdefault(parameter, parameter.data)
+            parameter.data = value
 
         def back(module: nn.Module | None = None, args: Any = None, output: Any = None) -> None:
             for parameter, value in originals.items():
@@ -277,7 +276,8 @@ class Passes:
                 found = self._stand_in(weight, None)
                 if found is not None:
                     put(weight.source, found[0])
-                    put(module.bias if found[1] is not None else weight.source, found[1])  # type: ignore[arg-type]
+                    if found[1] is not None:
+                        put(cast(nn.Parameter, module.bias), found[1])
 
             return before
 

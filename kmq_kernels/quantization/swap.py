@@ -92,7 +92,7 @@ def swap(model: nn.Module, weights: list[Weight], config: KMQConfig) -> dict[str
             new[name] = made[id(old)]
         first, *others = made.values()
         if weight.encoded is not None and weight.encoded.bias is not None:
-            cast(CodebookLinear, first).bias.data.copy_(weight.encoded.bias)  # type: ignore[union-attr]
+            cast(Any, first).bias.data.copy_(weight.encoded.bias)  # only layers with a bias get one
         for part, parameter in first.stored().items():
             if weight.encoded is not None:
                 with torch.no_grad():

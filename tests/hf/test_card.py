@@ -38,6 +38,38 @@ def test_metadata_and_text():
     assert again.data.eval_results is None
 
 
+@pytest.mark.parametrize("text", [SOURCE.replace("\n", "\r\n"), "\ufeff" + SOURCE], ids=["crlf", "bom"])
+def test_line_ends_and_marks_of_the_source(text):
+    read = ModelCard(card(FACTS, source_card=text))
+    assert (read.data.license, read.data.language) == ("mit", ["de"])
+    assert read.text.rstrip().endswith("## The model it was made from\n\n# My model\n\nIt is good.")
+
+
+@pytest.mark.parametrize(("given", "kept"), [("no", ["no"]), ("[no, en]", ["no", "en"])])
+def test_norwegian_is_no_truth_value(given, kept):
+    written = card(FACTS, source_card=f"---\nlanguage: {given}\n---\n# Modell\n")
+    assert ModelCard(written).data.language == kept
+
+
+def test_what_lies_in_the_folder_and_the_configuration_as_a_dictionary(tmp_path, run_python):
+    """A side file that is no dictionary, a card beyond ASCII where that is the locale's encoding."""
+    model = family_model("bert")
+    kmq.quantize_(model, kmq.KMQConfig(bits=2))
+    model.config.quantization_config = model.config.quantization_config.to_dict()
+    (tmp_path / "config_sentence_transformers.json").write_text("[]")
+    model.save_pretrained(tmp_path)
+    kmq.load(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "kmq_kernels"
+    code = f"""
+from pathlib import Path
+from kmq_kernels.hf.card import card, Facts, write_card
+text = card(Facts({{2: 1}}, "kmeans", 1, 4, 1, "kmq run"), source_card="# Mod\\u00e8le")
+print(str(write_card(Path({str(tmp_path)!r}), text)).lower())
+"""
+    assert run_python(code, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")
+    assert "Mod\u00e8le" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("source", ["", "no metadata", "---\n: [\n---\ntext", "---\n- a list\n---\ntext", "---\nonly a line"])
 def test_any_source_card(source):
     read = ModelCard(card(FACTS, source_card=source))

@@ -143,3 +143,28 @@ def test_weights_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="layer: the weight to begin at holds NaN or Inf"):
         start_moving({"layer": layer}, {"layer": torch.full((12, 20), float("nan"))})
     assert layer.latent is None
+
+
+def test_cluster_sizes_are_counted_anew_for_any_iterable():
+    model, _ = _quantized(grad_reduction="mean")
+    modules = _modules(model)
+    start_moving(modules, {})
+    for module in modules.values():
+        module.trained_codebook()
+    settle(module for module in modules.values())
+    assert all(module._inverse_counts is None for module in modules.values())
+
+
+def test_a_latent_weight_is_in_no_state_dict(tmp_path, ids):
+    """What is saved while assignments move loads, here and elsewhere."""
+    model, _ = _quantized()
+    modules = _modules(model)
+    names = list(model.state_dict())
+    start_moving(modules, {})
+    assert list(model.state_dict()) == names
+    model.load_state_dict(model.state_dict())
+    model.save_pretrained(tmp_path)
+    again = kmq.load(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    stop_moving(modules.values())

@@ -111,7 +111,9 @@ def test_tiles_keep_their_sums_in_registers(functions, path):
 
 
 @pytest.mark.parametrize(
-    ("tile", "multiply", "rows", "each"), [("tile_vnni", "vpdpbusd", 12, 2), ("tile_avx2", "vpmaddwd", 4, 4)], ids=["vnni", "avx2"]
+    ("tile", "multiply", "rows", "each"),
+    [("tile_vnni", "vpdpbusd", 12, 2), ("tile_avx2", "vpmaddwd", 4, 4)],
+    ids=["vnni", "avx2"],
 )
 def test_integer_tiles_keep_their_sums_in_registers(functions, tile, multiply, rows, each):
     """Of the tallest tile; `each`: products for a row in a turn of the loop."""

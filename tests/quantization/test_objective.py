@@ -268,3 +268,78 @@ def test_fewer_tokens_than_columns_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _quantized(_model(), [*_batches(6)], bits=2, objective="output", skip=["pooler"])
+
+
+class _Net(nn.Module):
+    """An embedding, a layer whose output gets the input added and is normalized, and two more layers."""
+
+    def __init__(self, in_place=False, scaled=False):
+        super().__init__()
+        torch.manual_seed(1)
+        self.in_place, self.scaled = in_place, scaled
+        self.emb, self.norm = nn.Embedding(50, 32), nn.LayerNorm(32)
+        self.a, self.b, self.out = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, input_ids):
+        hidden = self.emb(input_ids)
+        hidden = 8 * hidden + 3 if self.scaled else hidden
+        sum_ = self.a(hidden)
+        if self.in_place:
+            sum_ += hidden
+        else:
+            sum_ = sum_ + hidden
+        return self.out(torch.tanh(self.b(self.norm(sum_))))
+
+
+def _ids(lengths, seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(0, 50, (8, length), generator=generator)} for length in lengths]
+
+
+def _equal(one, other):
+    return all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_what_is_added_in_place_is_seen():
+    found = [_quantized(_Net(in_place), _ids([12] * 6), bits=2, objective="output") for in_place in (False, True)]
+    assert _equal(*found)
+
+
+def test_hooks_of_embeddings_count():
+    """One that scales the rows, and the same in the forward method."""
+    hooked = _Net()
+    hooked.emb.register_forward_hook(lambda module, args, output: 8 * output + 3)
+    found = [_quantized(model, _ids([12] * 6), bits=3, objective="output") for model in (hooked, _Net(scaled=True))]
+    assert _equal(*found)
+
+
+class _Routed(nn.Module):
+    """Layers that see some tokens only, and one that runs for short texts only."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.gate = nn.Embedding(50, 32), nn.Linear(32, 3)
+        self.experts, self.short, self.norm = (
+            nn.ModuleList(nn.Linear(32, 32) for _ in range(3)),
+            nn.Linear(32, 32),
+            nn.LayerNorm(32),
+        )
+
+    def forward(self, input_ids):
+        hidden = self.emb(input_ids)
+        chosen, found = self.gate(hidden).argmax(-1), torch.zeros_like(hidden)
+        for i, expert in enumerate(self.experts):
+            found[chosen == i] = expert(hidden[chosen == i])
+        return self.norm(self.short(found) + found) if input_ids.shape[1] < 10 else found
+
+
+def test_layers_that_see_some_tokens_or_texts_only():
+    dense, texts = _Routed(), _ids([8, 12] * 5)
+    found, plain = (_quantized(dense, texts if o == "output" else None, bits=2, objective=o) for o in ("output", "weights"))
+
+    def distance(model):
+        return sum(float((model(**batch) - dense(**batch)).square().sum()) for batch in texts[4::5])
+
+    with torch.no_grad():
+        assert distance(found) <= distance(plain)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import family_model
 from scipy.stats import spearmanr
-from tiny_task import WORDS, word_tokenizer
+from tiny_task import WORDS, kmq_command, word_tokenizer
 from transformers import AutoModel
 
 import kmq_kernels as kmq
-from kmq_kernels import cli, report, training
+from kmq_kernels import report, training
 from kmq_kernels.files import CheckpointError
 from kmq_kernels.layers import CodebookModule
 from kmq_kernels.training import load_task
@@ -60,15 +60,6 @@ def _run(folder, out, steps=30, **options):
     )
     settings = {"configs": {"two": kmq.KMQConfig(bits=2, granularity="row")}, "stage3": moving, **options}
     return training.Run(str(folder / "model"), task, folder / out, **settings)
-
-
-def _kmq(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["kmq", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return end.code or 0
-    return 0
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken"])
@@ -190,11 +181,11 @@ def test_a_run_resumes_and_repeats(folder):
 def test_commands(folder, tmp_path, monkeypatch, capsys):
     data = ["--task", "texts", "--train-file", folder / "corpus.txt", "--pairs", folder / "pairs.csv", "--max-length", 12]
     few = ["--second-steps", 2, "--batch-size", 8, "-o", tmp_path / "out"]
-    assert _kmq(monkeypatch, "run", folder / "model", *data, *few, "--bits", 2) == 0
+    assert kmq_command(monkeypatch, "run", folder / "model", *data, *few, "--bits", 2) == 0
     printed = capsys.readouterr().out
     assert "quality" in printed
     assert "kmeans-2bit, stage 3" in printed
-    assert _kmq(monkeypatch, "evaluate", tmp_path / "out/kmeans-2bit/stage3", "--max-length", 12, "--json") == 0
+    assert kmq_command(monkeypatch, "evaluate", tmp_path / "out/kmeans-2bit/stage3", "--max-length", 12, "--json") == 0
     metrics = json.loads(capsys.readouterr().out)
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert metrics == pytest.approx(results["quantized"]["kmeans-2bit"]["stage3"]["metrics"], abs=1e-9)
@@ -202,7 +193,7 @@ def test_commands(folder, tmp_path, monkeypatch, capsys):
 
     second = tmp_path / "out/kmeans-2bit/stage2"
     alone = ["finetune", second, *data, "--steps", 2, "--batch-size", 8, "-o", tmp_path / "alone", "--json"]
-    assert _kmq(monkeypatch, *alone, "--teacher", folder / "model") == 0
+    assert kmq_command(monkeypatch, *alone, "--teacher", folder / "model") == 0
     assert json.loads(capsys.readouterr().out).keys() == metrics.keys()
     assert (tmp_path / "alone/modules.json").is_file()
     assert any(isinstance(module, CodebookModule) for module in kmq.load(tmp_path / "alone").modules())
@@ -218,7 +209,7 @@ def test_commands(folder, tmp_path, monkeypatch, capsys):
         ),
         (["run", folder / "model", *data[:2], "-o", tmp_path / "no"], "--train-file: the task texts needs a file of texts"),
     ):
-        code = _kmq(monkeypatch, *arguments)
+        code = kmq_command(monkeypatch, *arguments)
         error = capsys.readouterr().err
         assert (code, "Traceback" in error) == (1 if sentence else 0, False)
         if sentence:

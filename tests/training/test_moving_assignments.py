@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 from conftest import family_model
-from tiny_task import write_task
+from tiny_task import kmq_command, write_task
 
 import kmq_kernels as kmq
-from kmq_kernels import cli, training
+from kmq_kernels import training
 from kmq_kernels.layers import CodebookModule
 from kmq_kernels.training import load_task
 from kmq_kernels.training import run as run_module
@@ -30,15 +30,6 @@ def _run(folder, out, **options):
     task = load_task(None, train_file=folder / "train.csv", validation_file=folder / "dev.csv")
     settings = {"stage1": FEW, "stage3": MOVING, "configs": {"two": kmq.KMQConfig(bits=2)}, "control": False}
     return training.Run(str(folder / "model"), task, folder / out, **{**settings, **options})
-
-
-def _kmq(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["kmq", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return end.code or 0
-    return 0
 
 
 def _codes(folder):
@@ -152,7 +143,7 @@ def test_what_cannot_move_is_refused(folder, tmp_path, monkeypatch, capsys):
         training.read_variants(tmp_path / "list.json")
     data = ["--train-file", folder / "train.csv", "--validation-file", folder / "dev.csv"]
     command = ["run", folder / "model", *data, "--preset", "paper", "--bits", 2, "--assignments", "moving"]
-    assert _kmq(monkeypatch, *command, "-o", tmp_path / "out") == 1
+    assert kmq_command(monkeypatch, *command, "-o", tmp_path / "out") == 1
     assert capsys.readouterr().err.strip().endswith(f"--{sentence}")
 
 
@@ -160,8 +151,8 @@ def test_the_command_names_what_moves(folder, tmp_path, monkeypatch, capsys):
     data = ["--train-file", folder / "train.csv", "--validation-file", folder / "dev.csv", "--max-length", 8]
     few = ["--steps", 2, "--second-steps", 3, "--no-control", "--json", "-o", tmp_path / "out"]
     common = ["run", folder / "model", *data, *few, "--bits", 2, "--bits", 3]
-    assert _kmq(monkeypatch, *common) == 0
-    assert _kmq(monkeypatch, *common, "--assignments", "moving", "--moving-steps", 2, "--no-distill") == 0
+    assert kmq_command(monkeypatch, *common) == 0
+    assert kmq_command(monkeypatch, *common, "--assignments", "moving", "--moving-steps", 2, "--no-distill") == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     steps = {name: len(stages["stage3"]["losses"]) for name, stages in results["quantized"].items()}
     assert steps == {"kmeans-2bit": 3, "kmeans-3bit": 3, "kmeans-2bit-moving": 2, "kmeans-3bit-moving": 2}
@@ -197,3 +188,11 @@ def test_a_packed_model_follows_its_teacher_by_itself(folder, tmp_path, monkeypa
     family_model("bert", num_labels=3).save_pretrained(tmp_path / "three")
     with pytest.raises(training.PipelineError, match=r"teacher: .*three is no BertForSequenceClassification with the classes of"):
         training.finetune_folder(packed, task, FEW, tmp_path / "no", str(tmp_path / "three"))
+
+
+def test_codebooks_that_are_frozen_do_not_move():
+    model = family_model("bert")
+    kmq.quantize_(model, kmq.KMQConfig(bits=2))
+    model.requires_grad_(False)
+    with pytest.raises(training.PipelineError, match="'moving' needs codebooks that train"), training.moving(model):
+        pass

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import family_model
 from huggingface_hub import ModelCard
-from tiny_task import write_task
+from tiny_task import kmq_command, write_task
 
 import kmq_kernels as kmq
-from kmq_kernels import cli, training
+from kmq_kernels import training
 from kmq_kernels.files import CheckpointError
 from kmq_kernels.layers import CodebookModule
 from kmq_kernels.training import load_task
@@ -177,32 +177,26 @@ def test_codebooks_have_their_own_group():
     assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
 
 
-def _kmq(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["kmq", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
-
-
 def test_command_line(folder, monkeypatch, capsys):
-    assert _kmq(monkeypatch, "--version") == 0
+    assert kmq_command(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"{kmq.__version__}\n"
     files = ["--train-file", folder / "train.csv", "--validation-file", folder / "dev.csv", "--max-length", 8]
     few = ["--steps", 2, "--batch-size", 8]
-    assert _kmq(monkeypatch, "finetune", folder / "model", "-o", folder / "tuned", *few, *files) == 0
-    assert _kmq(monkeypatch, "run", folder / "tuned", "-o", folder / "run", *few, "--second-steps", 2, "--bits", 3, *files) == 0
+    assert kmq_command(monkeypatch, "finetune", folder / "model", "-o", folder / "tuned", *few, *files) == 0
+    assert (
+        kmq_command(monkeypatch, "run", folder / "tuned", "-o", folder / "run", *few, "--second-steps", 2, "--bits", 3, *files)
+        == 0
+    )
     assert "kmeans-3bit" in capsys.readouterr().out
     third = folder / "run/kmeans-3bit/stage3"
-    assert _kmq(monkeypatch, "evaluate", third, "--json", *files) == 0
+    assert kmq_command(monkeypatch, "evaluate", third, "--json", *files) == 0
     assert 0 <= json.loads(capsys.readouterr().out.strip().splitlines()[-1])["accuracy"] <= 1
-    assert _kmq(monkeypatch, "inspect", third, "--json") == 0
+    assert kmq_command(monkeypatch, "inspect", third, "--json") == 0
     layers = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["model"]["layers"]
     assert {layer["bits"] for layer in layers} == {3}
-    assert _kmq(monkeypatch, "inspect", third) == 0
+    assert kmq_command(monkeypatch, "inspect", third) == 0
     # A quantized model goes on training with its indices fixed.
-    assert _kmq(monkeypatch, "finetune", third, "-o", folder / "more", *few, *files) == 0
+    assert kmq_command(monkeypatch, "finetune", third, "-o", folder / "more", *few, *files) == 0
     assert torch.equal(kmq.load(folder / "more").bert.pooler.dense.packed, kmq.load(third).bert.pooler.dense.packed)
 
 
@@ -235,10 +229,10 @@ def test_compare_resumes_and_reports(folder, monkeypatch, capsys):
         return evaluate(*args, **kwargs)
 
     monkeypatch.setattr("kmq_kernels.training.run.evaluate", interrupted)
-    assert _kmq(monkeypatch, *arguments) == 130
+    assert kmq_command(monkeypatch, *arguments) == 130
     monkeypatch.setattr("kmq_kernels.training.run.evaluate", evaluate)
     capsys.readouterr()
-    assert _kmq(monkeypatch, *arguments) == 0
+    assert kmq_command(monkeypatch, *arguments) == 0
     out = capsys.readouterr().out
     assert out.count("finished earlier") == 5
     assert all(entry["name"] in out for entry in COMPARED)
@@ -254,9 +248,9 @@ def test_compare_resumes_and_reports(folder, monkeypatch, capsys):
         layers = json.loads((run / "outliers-2bit/stage3/layers.json").read_text())
         assert all("error" in layer for layer in layers if "bits" in layer)
     # All is there: nothing is computed, and the page can be made again.
-    assert _kmq(monkeypatch, *arguments) == 0
+    assert kmq_command(monkeypatch, *arguments) == 0
     assert capsys.readouterr().out.count("finished earlier") == 20
-    assert _kmq(monkeypatch, "report", folder / "cmp", "-o", folder / "page.html") == 0
+    assert kmq_command(monkeypatch, "report", folder / "cmp", "-o", folder / "page.html") == 0
     assert (folder / "page.html").read_bytes() == (folder / "cmp/report.html").read_bytes()
 
 
@@ -292,7 +286,7 @@ def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
 
     monkeypatch.setattr("kmq_kernels.training.run.evaluate", interrupted)
     files = ["--train-file", folder / "train.csv", "--validation-file", folder / "dev.csv", "--max-length", 8]
-    assert _kmq(monkeypatch, "run", folder / "model", "-o", folder / "run", "--steps", 1, *files) == 130
+    assert kmq_command(monkeypatch, "run", folder / "model", "-o", folder / "run", "--steps", 1, *files) == 130
     assert "interrupted" in capsys.readouterr().err
     assert sorted(p.name for p in (folder / "run").iterdir()) == ["run.json", "task.json"]
 
@@ -321,7 +315,7 @@ def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
 )
 def test_mistakes_end_in_one_sentence(folder, monkeypatch, capsys, arguments, code, sentence):
     monkeypatch.chdir(folder)
-    assert _kmq(monkeypatch, *[a.format(folder) for a in arguments]) == code
+    assert kmq_command(monkeypatch, *[a.format(folder) for a in arguments]) == code
     error = capsys.readouterr().err
     assert sentence in error
     assert "Traceback" not in error
