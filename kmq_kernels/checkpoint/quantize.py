@@ -212,12 +212,12 @@ class _Reading:
     def __init__(self, plan: StreamPlan, ranks: Ranks, on_progress: Callable[[Progress], None] | None) -> None:
         work = sum(shard.work for shard in plan.shards)
         self._progress = Progress(work + sum(unit.source.nbytes for unit in plan.measured))
-        self._ranks, self._on_progress, self._read = ranks, on_progress, 0
+        self._ranks, self._on_progress, self._read, self._found = ranks, on_progress, 0, 0
 
     def begin(self, resumed: int) -> None:
         """A pass begins, of which an earlier run did so many bytes."""
         self._progress.resumed += resumed
-        self._progress.done = self._progress.resumed + self._read
+        self._count()
 
     def extend(self, count: int) -> None:
         """There is work that counts as so many bytes more."""
@@ -225,10 +225,14 @@ class _Reading:
 
     def found(self, count: int, name: str | None = None) -> None:
         """So much of that is done, the last of it for the tensor `name`."""
-        self.begin(count)
+        self._found += count
+        self._count()
         if name is not None and self._on_progress is not None:
             self._progress.tensor = name
             self._on_progress(self._progress)
+
+    def _count(self) -> None:
+        self._progress.done = self._progress.resumed + self._found + self._read
 
     def add(self, batch: list[Unit], shard: str = "") -> None:
         """These units are read and worked on; raises RankDied where another rank is known to be gone."""
@@ -236,7 +240,7 @@ class _Reading:
         count = sum(unit.source.nbytes for unit in batch)
         total = self._ranks.add("read", count)
         self._read = total if self._ranks.size > 1 else self._read + count
-        self._progress.done = self._progress.resumed + self._read
+        self._count()
         self._progress.tensor, self._progress.shard = batch[-1].name, shard
         if self._on_progress is not None and self._ranks.rank == 0:
             self._on_progress(self._progress)

@@ -117,7 +117,7 @@ def quantize(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Cluster a checkpoint of any size, tensor by tensor, without building the model.
+    """Cluster a checkpoint of any size, tensor by tensor; only objective "output" has the whole model in memory.
 
     --size and --bits-per-weight find the bits of every weight: one pass measures, one packs. The same command again resumes.
     Under torchrun the ranks share the work: torchrun --nproc-per-node 4 -m kmq_kernels.cli quantize MODEL -o OUT.

@@ -62,6 +62,8 @@ from .options import (
 from .results import results_table, summary_table
 
 TASK_FILE = "task.json"
+FINETUNE_RATE = 3e-4
+MOVING_RATE = 1e-4  # latent values learn four times as fast, and 1e-3 was too much for them
 
 
 def _expect_folder(model: str) -> None:
@@ -353,7 +355,16 @@ def finetune(
     max_length: MaxLength = 64,
     steps: Steps = 450,
     batch_size: Batch = 32,
-    learning_rate: Rate = 3e-4,
+    learning_rate: Annotated[
+        float | None,
+        option(
+            TRAINING,
+            "RATE",
+            "Learning rate.",
+            default="3e-4; 1e-4 where assignments move",
+            check=number("learning_rate", 0.0, above=True),
+        ),
+    ] = None,
     codebook_lr_mult: Annotated[
         float,
         option(
@@ -391,16 +402,17 @@ def finetune(
     settings = training.TrainingSettings(
         steps=steps,
         batch_size=batch_size,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate or FINETUNE_RATE,
         codebook_lr_mult=codebook_lr_mult,
         latent_lr_mult=latent_lr_mult,
         max_length=max_length,
         seed=seed,
     )
     kind: Any = None if assignments is None else assignments.value
+    slower = MOVING_RATE if learning_rate is None else None
     source, followed = training.resolve_model(model), None if teacher is None else training.resolve_model(teacher)
     with publish(out) as partial:
-        metrics = training.finetune_folder(source, data, settings, partial, followed, kind)
+        metrics = training.finetune_folder(source, data, settings, partial, followed, kind, slower)
         write_json(partial / TASK_FILE, data.source)
     _print_metrics(metrics, as_json)
     if not as_json:

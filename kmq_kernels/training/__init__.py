@@ -4,7 +4,7 @@ from ..tasks import Task, TaskError, Texts, load_task, tokenize
 from .comparison import Comparison, Variant, read_variants, standard_variants
 from .distillation import distillation_loss
 from .finetune import calibration_batches, evaluate, finetune, parameter_groups
-from .models import EMBEDDED_ID, EMBEDDED_MODEL, check_fits, load_for_task, load_tokenizer, quality_of, resolve_model, save
+from .models import EMBEDDED_ID, EMBEDDED_MODEL, check_fits, load_for_task, load_tokenizer, resolve_model, save
 from .moving import MOVING_STEPS, default_assignments, moving
 from .run import Run, stopped_stages
 from .settings import DivergedError, PipelineError, SensitivitySettings, TrainingSettings
@@ -37,7 +37,6 @@ __all__ = [
     "load_tokenizer",
     "moving",
     "parameter_groups",
-    "quality_of",
     "read_variants",
     "resolve_model",
     "save",

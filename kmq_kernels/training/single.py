@@ -25,16 +25,19 @@ def finetune_folder(
     out: Path,
     teacher: str | None = None,
     assignments: Assignments | None = None,
+    moving_rate: float | None = None,
 ) -> dict[str, float]:
     """Trains the model of a folder on a task, saves it in `out` and returns its metrics.
 
     teacher: the model in floating point that a quantized one was made from, which it then follows; with `Texts` it is needed.
-    assignments: None for what suits the bits of the model. Raises PipelineError where model and teacher do not belong together.
+    assignments: None for what suits the bits of the model. moving_rate: the learning rate where they move, None for that of
+    the settings. Raises PipelineError where model and teacher do not belong together.
     """
     network, tokenizer, followed = _loaded(model, task, settings.seed, teacher)
     config = getattr(network.config, "quantization_config", None)
     kind = assignments or (default_assignments(config) if isinstance(config, KMQConfig) else "fixed")
-    settings = dataclasses.replace(settings, assignments=kind, distill=teacher is not None)
+    rate = moving_rate if kind == "moving" and moving_rate is not None else settings.learning_rate
+    settings = dataclasses.replace(settings, assignments=kind, distill=teacher is not None, learning_rate=rate)
     if followed is not None:
         matching_weights(network, followed)
     scratch, beside = out / "trainer", None

@@ -177,8 +177,12 @@ def test_a_packed_model_follows_its_teacher_by_itself(folder, tmp_path, monkeypa
         patch.setattr("kmq_kernels.training.single.finetune", noted)
         training.finetune_folder(packed, task, FEW, tmp_path / "noted", teacher)
         assert (asked["assignments"], asked["distill"], asked["followed"] is None) == ("moving", True, False)
-        training.finetune_folder(packed, task, FEW, tmp_path / "other", assignments="fixed")
+        assert asked["learning_rate"] == FEW.learning_rate
+        training.finetune_folder(packed, task, FEW, tmp_path / "slower", teacher, moving_rate=1e-4)
+        assert asked["learning_rate"] == 1e-4
+        training.finetune_folder(packed, task, FEW, tmp_path / "other", assignments="fixed", moving_rate=1e-4)
         assert (asked["assignments"], asked["distill"], asked["followed"]) == ("fixed", False, None)
+        assert asked["learning_rate"] == FEW.learning_rate
     before = _codes(packed)
     training.finetune_folder(packed, task, FEW, tmp_path / "fixed", teacher, "fixed")
     assert all(torch.equal(codes, before[name]) for name, codes in _codes(tmp_path / "fixed").items())

@@ -49,7 +49,8 @@ struct Int8Tail {
   const Int8Added* list() const { return reinterpret_cast<const Int8Added*>(this + 1); }
 };
 
-// Bytes from one quantized row to the next. An odd number of cache lines, so that the rows of a tile fall in different sets.
+// Bytes from one quantized row to the next. A row lists its additions by 255, but counts them by 256, so at most twice as many as it
+// may cost. An odd number of cache lines, so that the rows of a tile fall in different sets.
 inline int64_t int8_stride(int64_t cols) {
   const int64_t numbers = int8_padded(cols) * (vnni() ? 1 : 2), tail = vnni() ? sizeof(Int8Tail) + 2 * int8_most_added(cols) * sizeof(Int8Added) : 0;
   return (ceil_div(numbers + tail, 64) | 1) * 64;
