@@ -26,11 +26,11 @@ using Parallel = std::function<void(int64_t n, int64_t grain, const std::functio
 
 namespace cpu {
 
-// The instruction set that the kernels use on this machine: "avx512", "avx2" or "scalar". KMQ_CPU_PATH in the environment lowers
-// it, and is read once; throws std::runtime_error where it names what is not there.
+// The instruction set that the kernels use on this machine: "amx" (what only the integer linear layer knows, all else is "avx512"),
+// "avx512", "avx2" or "scalar". KMQ_CPU_PATH in the environment lowers it, and is read once; throws std::runtime_error where it names what is not there.
 const char* path();
 
-// Whether AVX2, FMA and F16C may be used; also true on the "avx512" path.
+// Whether AVX2, FMA and F16C may be used; also true on the paths above.
 bool avx2();
 
 // Whether AVX-512 F, BW, DQ and VL, and BMI2, may be used.
@@ -38,6 +38,9 @@ bool avx512();
 
 // Whether AVX-512 VNNI and VBMI may be used too.
 bool vnni();
+
+// Whether the tiles of AMX may be used for integers beside all of vnni(), the "amx" path.
+bool amx();
 
 // weight [rows, cols] = codebook [G, K] at the indices; both of dtype.
 void dequantize(const Packed& packed, const void* codebook, Dtype dtype, int64_t group_rows, void* weight, const Parallel& parallel);

@@ -107,7 +107,7 @@ def test_paths_of_lesser_processors(path: str) -> None:
         pytest.skip("this is such a path")
     if kmq.build_info()["ops"]["codebook_grad"]["cpu"] == "plain torch":
         pytest.skip("the extension was not built")
-    if path == "avx2" and kmq.build_info()["extension"]["cpu_path"] != "avx512":
+    if path == "avx2" and kmq.build_info()["extension"]["cpu_path"] not in ("avx512", "amx"):
         pytest.skip("the other tests ran on this path, or this processor does not have it")
     environment = {**os.environ, "KMQ_CPU_PATH": path}
     shown = subprocess.run(

@@ -1,7 +1,7 @@
 // Products of quantized inputs with packed weights, see int8.h.
 //
 // A task is a panel: rows of the weight, decoded to integers in the cache, and then multiplied with all rows of the input, a tile of
-// them at a time. Here are the panels of AVX2 and the scalar path, 16 rows with columns by twos; int8_vnni.h has the other.
+// them at a time. Here are the panels of AVX2 and the scalar path, 16 rows with columns by twos; int8_vnni.h has the others.
 //
 //     panel    t(r, c) at [c / 2][r][c % 2], two bytes each
 //
@@ -12,7 +12,7 @@
 
 #include "../codes/decode.h"
 #include "../encoder/activation.h"
-#include "int8_vnni.h"
+#include "int8_amx.h"
 
 namespace kmq::cpu {
 namespace {
@@ -168,9 +168,11 @@ KMQ_AVX2 void tile_avx2(int64_t steps, const int16_t* a, int64_t lda, const int1
 
 #endif  // KMQ_X86
 
-// What a path has: the numbers of its panels, decoding, a tile of at most kTile rows, and one row of its sums made outputs.
+// What a path has: the numbers of its panels, decoding, a tile of at most kTile rows, and one row of its sums made outputs. State is
+// what a thread holds while it multiplies.
 struct Words {
   using Entry = int16_t;
+  struct State {};
   static constexpr int kRows = kInt8Rows, kTile = 4;
 
   static void decode(const LinearWeight& weight, int64_t row, int64_t rows, int16_t* panel) {
@@ -180,7 +182,7 @@ struct Words {
     decode_scalar(weight, row, rows, panel);
   }
 
-  static void tile(const Int8Input& input, int64_t m, int64_t rows, const int16_t* panel, int32_t* sums) {
+  static void tile(State&, const Int8Input& input, int64_t m, int64_t rows, const int16_t* panel, int32_t* sums) {
     const int16_t* const a = reinterpret_cast<const int16_t*>(input.data + m * input.stride);
     const int64_t lda = input.stride / 2;
 #ifdef KMQ_X86
@@ -249,13 +251,14 @@ struct Words {
 #ifdef KMQ_X86
 struct Bytes {
   using Entry = int8_t;
+  struct State {};
   static constexpr int kRows = kInt8RowsVnni, kTile = kTileRowsVnni;
 
   static void decode(const LinearWeight& weight, int64_t row, int64_t rows, int8_t* panel) {
     with_small(weight.packed.bits, [&](auto bits) { decode_vnni<bits()>(weight, row, rows, panel); });
   }
 
-  static void tile(const Int8Input& input, int64_t m, int64_t rows, const int8_t* panel, int32_t* sums) {
+  static void tile(State&, const Int8Input& input, int64_t m, int64_t rows, const int8_t* panel, int32_t* sums) {
     tile_vnni(rows, int8_padded(input.cols) / kInt8Group, input.data + m * input.stride, input.stride, panel, sums);
   }
 
@@ -271,12 +274,25 @@ struct Bytes {
     store_vnni(from, rows, count, to, ld);
   }
 };
+
+struct Tiles : Bytes {
+  using State = AmxTiles;
+  static constexpr int kTile = kTileRowsAmx;
+
+  static void tile(State& tiles, const Int8Input& input, int64_t m, int64_t rows, const int8_t* panel, int32_t* sums) {
+    const int64_t groups = int8_padded(input.cols) / kInt8Group;
+    const uint8_t* const a = input.data + m * input.stride;
+    if (rows < kFewestRowsAmx) return tile_vnni(rows, groups, a, input.stride, panel, sums);
+    tiles.shape(rows);
+    tile_amx(rows > 16, groups, a, input.stride, panel, sums);
+  }
+};
 #endif
 
 // Rows begin .. end of the input with one panel.
 template <typename Path, typename V, typename T>
 void multiply_panel(const Int8Input& input, const V* values, const Int8Product<T>& product, int64_t row, int64_t begin, int64_t end,
-                    const typename Path::Entry* panel) {
+                    const typename Path::Entry* panel, typename Path::State& state) {
   constexpr int W = Path::kRows;
   if (begin >= end) return;
   const LinearWeight& weight = *product.weight;
@@ -292,7 +308,7 @@ void multiply_panel(const Int8Input& input, const V* values, const Int8Product<T
   const int64_t tiles = ceil_div(end - begin, int64_t(Path::kTile)), most = ceil_div(end - begin, tiles);  // nearly equal ones
   for (int64_t m = begin, here; m < end; m += here) {
     here = std::min(most, end - m);
-    Path::tile(input, m, here, panel, sums[0]);
+    Path::tile(state, input, m, here, panel, sums[0]);
     if (weight.outliers) int8_outliers<W>(weight, row, rows, values + m * input.cols, here, added);
     Path::finish(input, m, here, panel, of, weight.outliers ? added[0] : nullptr, sums[0], out[0]);
     activate(product.activation, out[0], here * W);
@@ -309,6 +325,7 @@ void multiply(const Int8Input& input, const V* values, const std::vector<Int8Pro
   const int64_t work = Path::kRows * (input.cols + 1) * (per_part + 4);
   parallel(first.back(), ceil_div(kGrainWork, work), [&](int64_t begin, int64_t end) {
     Entry* const panel = reinterpret_cast<Entry*>(workspace(depth * Path::kRows * sizeof(Entry) / sizeof(float)));
+    typename Path::State state;
     size_t p = 0;
     int64_t decoded = -1;
     for (int64_t task = begin; task < end; ++task) {
@@ -317,7 +334,7 @@ void multiply(const Int8Input& input, const V* values, const std::vector<Int8Pro
       const LinearWeight& weight = *products[p].weight;
       if (part == 0 || decoded != task - 1) Path::decode(weight, row, std::min<int64_t>(Path::kRows, weight.packed.rows - row), panel);
       decoded = task;
-      multiply_panel<Path>(input, values, products[p], row, part * per_part, std::min(input.rows, (part + 1) * per_part), panel);
+      multiply_panel<Path>(input, values, products[p], row, part * per_part, std::min(input.rows, (part + 1) * per_part), panel, state);
     }
   });
 }
@@ -328,6 +345,7 @@ template <typename V, typename T>
 void int8_multiply(const Int8Input& input, const V* values, const std::vector<Int8Product<T>>& products, const Parallel& parallel) {
   if (input.rows == 0) return;
 #ifdef KMQ_X86
+  if (amx()) return multiply<Tiles>(input, values, products, parallel);
   if (vnni()) return multiply<Bytes>(input, values, products, parallel);
 #endif
   multiply<Words>(input, values, products, parallel);
