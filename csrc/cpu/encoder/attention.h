@@ -22,7 +22,7 @@ struct Head {
 constexpr int64_t kQueries = 48;
 
 // Weights of one row of scores, not yet divided by their sum, which is returned. `scores` holds pieces of kDepth keys, `piece` floats apart.
-template <int64_t depth>
+template <int W, int64_t depth>
 KMQ_PLAIN float weigh_plain(const Head& head, int64_t query, float* scores, int64_t piece) {
   constexpr float kNever = -1e30f;
   const int64_t at = head.place[query];
@@ -38,25 +38,25 @@ KMQ_PLAIN float weigh_plain(const Head& head, int64_t query, float* scores, int6
     if (head.window)
       for (int64_t j = 0; j < count; ++j) s[j] = place[j] - at > head.window || at - place[j] > head.window ? kNever : s[j];
     for (int64_t j = count; j < padded; ++j) s[j] = kNever;
-    most = largest_of(s, padded, most);
+    most = largest_of<W>(s, padded, most);
   }
-  Floats sum{};
+  Sixteen<float, W> sum(0);
   for (int64_t first = 0; first < head.tokens; first += depth) {
     const int64_t count = first + depth < head.tokens ? depth : head.tokens - first;
-    exponentials(scores + first / depth * piece, round_up(count, kWidth), most, sum);
+    exponentials<W>(scores + first / depth * piece, round_up(count, kWidth), most, sum);
   }
-  return fold<Sum, float>(sum);
+  return sum.template fold<Sum>();
 }
 
 #ifdef KMQ_X86
 template <int64_t depth>
 KMQ_AVX2 float weigh_avx2(const Head& head, int64_t query, float* scores, int64_t piece) {
-  return weigh_plain<depth>(head, query, scores, piece);
+  return weigh_plain<kWidthAvx2, depth>(head, query, scores, piece);
 }
 
 template <int64_t depth>
 KMQ_AVX512 float weigh_avx512(const Head& head, int64_t query, float* scores, int64_t piece) {
-  return weigh_plain<depth>(head, query, scores, piece);
+  return weigh_plain<kWidthAvx512, depth>(head, query, scores, piece);
 }
 #endif
 
@@ -66,7 +66,7 @@ float weigh(const Head& head, int64_t query, float* scores, int64_t piece) {
   if (avx512()) return weigh_avx512<depth>(head, query, scores, piece);
   if (avx2()) return weigh_avx2<depth>(head, query, scores, piece);
 #endif
-  return weigh_plain<depth>(head, query, scores, piece);
+  return weigh_plain<kWidthScalar, depth>(head, query, scores, piece);
 }
 
 // Floats of scratch that `attend` needs.
@@ -86,10 +86,10 @@ void attend(const Head& head, float* scratch) {
   for (int64_t e = 0; e < dim; e += W) Gemm::template pack_cols<W>(head.value + e, head.ld, std::min(W, dim - e), tokens, values + e * tokens);
   for (int64_t first = 0; first < tokens; first += kQueries) {
     const int64_t rows = std::min(kQueries, tokens - first);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t d = 0; d < dim; d += depth)
-        for (int64_t e = d; e < std::min(dim, d + depth); ++e)
-          queries[d / depth * piece + i * ld + e - d] = head.query[(first + i) * head.ld + e] * head.scale;
+    float factors[kQueries];
+    std::fill(factors, factors + rows, head.scale);
+    for (int64_t d = 0; d < dim; d += depth)
+      scale_rows(head.query + first * head.ld + d, head.ld, rows, std::min(depth, dim - d), factors, queries + d / depth * piece, ld);
     for (int64_t i = 0, here; i < rows; i += here) {
       here = Gemm::rows_of_next(rows - i);
       for (int64_t j = 0; j < tokens; j += W)
@@ -97,8 +97,7 @@ void attend(const Head& head, float* scratch) {
           Gemm::template tile<ld, 1>(here, std::min(depth, dim - d), queries + d / depth * piece + i * ld, keys + j * dim + d * W,
                                      scores + j / depth * piece + i * ld + j % depth, ld, tokens - j, nullptr, d > 0);
     }
-    float sums[kQueries];
-    for (int64_t i = 0; i < rows; ++i) sums[i] = weigh<depth>(head, first + i, scores + i * ld, piece);
+    for (int64_t i = 0; i < rows; ++i) factors[i] = 1.0f / weigh<depth>(head, first + i, scores + i * ld, piece);
     float* const out = head.out + first * head.ld_out;
     for (int64_t i = 0, here; i < rows; i += here) {
       here = Gemm::rows_of_next(rows - i);
@@ -107,8 +106,7 @@ void attend(const Head& head, float* scratch) {
           Gemm::template tile<ld, 1>(here, std::min(depth, tokens - j), scores + j / depth * piece + i * ld, values + e * tokens + j * W,
                                      out + i * head.ld_out + e, head.ld_out, dim - e, nullptr, j > 0);
     }
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t e = 0; e < dim; ++e) out[i * head.ld_out + e] /= sums[i];
+    scale_rows(out, head.ld_out, rows, dim, factors, out, head.ld_out);
   }
 }
 

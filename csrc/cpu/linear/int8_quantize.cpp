@@ -14,67 +14,76 @@ constexpr int64_t kParts = 2, kFields = 8;  // of a block: groups p * 16 + l
 static_assert(kLanes == kWidth);
 
 KMQ_PLAIN int32_t round_of(float x, float inverse) { return int32_t(bits_of(x * inverse + kRound)) - kRoundBits; }
-KMQ_PLAIN Ints round_of(Floats x, float inverse) { return (Ints)(x * inverse + kRound) - kRoundBits; }
+template <int W>
+KMQ_PLAIN Ints<W> round_of(Floats<W> x, float inverse) {
+  return Ints<W>(x * inverse + kRound) - kRoundBits;
+}
 
 // The largest and least of each group and 0, and of all. Returns whether all numbers are finite.
+template <int W>
 KMQ_PLAIN bool extremes(const float* x, int64_t padded, float* most, float* least, float& high, float& low) {
-  Floats sum{}, up{}, down{};
+  Sixteen<float, W> sum(0), up(0), down(0);
   const float* from = x;
   for (int64_t col = 0; col < padded; col += kBlock, from += kBlock)
-    for (int64_t p = 0; p < kParts; ++p, most += kLanes, least += kLanes) {
-      Floats above{}, below{};
-      for (int64_t f = p; f < kFields; f += kParts) {
-        const Floats value = load_floats(from + f * kLanes);
-        above = Larger::of(value, above);
-        below = Smaller::of(value, below);
-        sum += value;
+    for (int64_t p = 0; p < kParts; ++p)
+      for (int h = 0; h < kWidth / W; ++h, most += W, least += W) {
+        Floats<W> above{}, below{};
+        for (int64_t f = p; f < kFields; f += kParts) {
+          const Floats<W> value = load_floats<W>(from + f * kLanes + h * W);
+          above = Larger::of(value, above);
+          below = Smaller::of(value, below);
+          sum.part[h] += value;
+        }
+        store_floats<W>(most, above);
+        store_floats<W>(least, below);
+        up.part[h] = Larger::of(above, up.part[h]);
+        down.part[h] = Smaller::of(below, down.part[h]);
       }
-      store_floats(most, above);
-      store_floats(least, below);
-      up = Larger::of(above, up);
-      down = Smaller::of(below, down);
-    }
-  high = fold<Larger, float>(up);
-  low = fold<Smaller, float>(down);
-  if (std::isfinite(fold<Sum, float>(sum))) return true;
+  high = up.template fold<Larger>();
+  low = down.template fold<Smaller>();
+  if (std::isfinite(sum.template fold<Sum>())) return true;
   bool finite = true;  // the sum alone may be too large
   for (int64_t i = 0; i < padded; ++i) finite = finite && std::isfinite(x[i]);
   return finite;
 }
 
 // How many products more a row costs in steps of 1 / inverse, in a window from `first` on.
+template <int W>
 KMQ_PLAIN int32_t cost_of(const float* most, const float* least, int64_t groups, float inverse, int32_t first) {
-  Ints cost{};
-  for (int64_t g = 0; g < groups; g += kLanes) {
-    const Ints above = round_of(load_floats(most + g), inverse) - (first + 255), below = first - round_of(load_floats(least + g), inverse);
-    cost += (Larger::of(above, Ints{}) + 255) >> 8;
-    cost += (Larger::of(below, Ints{}) + 255) >> 8;
+  Sixteen<int32_t, W> cost(0);
+  for (int64_t g = 0; g < groups; g += W) {
+    const Ints<W> above = round_of<W>(load_floats<W>(most + g), inverse) - (first + 255);
+    const Ints<W> below = first - round_of<W>(load_floats<W>(least + g), inverse);
+    cost.part[0] += (Larger::of(above, Ints<W>{}) + 255) >> 8;
+    cost.part[0] += (Larger::of(below, Ints<W>{}) + 255) >> 8;
   }
-  return fold<Sum, int32_t>(cost);
+  return cost.template fold<Sum>();
 }
 
+template <int W>
 KMQ_PLAIN void round_words(const float* x, int64_t padded, float inverse, int32_t first, int32_t last, int16_t* to) {
-  for (int64_t i = 0; i < padded; i += kWidth) {
-    const Ints q = Smaller::of(Larger::of(round_of(load_floats(x + i), inverse), Ints{} + first), Ints{} + last);
-    const auto words = __builtin_convertvector(q, Vector<int16_t, kWidth>::type);
+  for (int64_t i = 0; i < padded; i += W) {
+    const Ints<W> q = Smaller::of(Larger::of(round_of<W>(load_floats<W>(x + i), inverse), Ints<W>{} + first), Ints<W>{} + last);
+    const auto words = __builtin_convertvector(q, typename Vector<int16_t, W>::type);
     std::memcpy(to + i, &words, sizeof words);
   }
 }
 
+#ifdef KMQ_X86
 // Bytes in the order of groups: the four columns of one are one dword.
 KMQ_PLAIN void round_bytes(const float* x, int64_t padded, float inverse, int32_t first, uint8_t* to) {
+  constexpr int W = kWidthAvx512;
   for (int64_t col = 0; col < padded; col += kBlock, x += kBlock)
-    for (int64_t p = 0; p < kParts; ++p, to += sizeof(Ints)) {
-      Ints four{};
+    for (int64_t p = 0; p < kParts; ++p, to += sizeof(Ints<W>)) {
+      Ints<W> four{};
       for (int64_t f = p; f < kFields; f += kParts) {
-        const Ints q = round_of(load_floats(x + f * kLanes), inverse) - first;
-        four |= Smaller::of(Larger::of(q, Ints{}), Ints{} + 255) << int32_t(4 * (f - p));
+        const Ints<W> q = round_of<W>(load_floats<W>(x + f * kLanes), inverse) - first;
+        four |= Smaller::of(Larger::of(q, Ints<W>{}), Ints<W>{} + 255) << int32_t(4 * (f - p));
       }
       std::memcpy(to, &four, sizeof four);
     }
 }
 
-#ifdef KMQ_X86
 // Lists what is outside of the window: above its last step, or (sign -1) below its first.
 KMQ_VNNI int32_t list_outside(const float* x, const float* extreme, int64_t groups, float inverse, int32_t edge, int32_t sign, Int8Added* list) {
   int32_t count = 0;
@@ -113,10 +122,11 @@ struct Rounding {
 };
 
 // `most` and `least` [padded / 4] are scratch.
+template <int W>
 KMQ_PLAIN Rounding rounding_of(const float* x, int64_t cols, float* most, float* least) {
   const int64_t padded = int8_padded(cols), groups = padded / kInt8Group;
   float high, low;
-  if (!extremes(x, padded, most, least, high, low)) return {std::nanf(""), 0, 0, false};
+  if (!extremes<W>(x, padded, most, least, high, low)) return {std::nanf(""), 0, 0, false};
   const float step = high / 255.0f - low / 255.0f;
   if (!(step >= 1e-36f)) return {0, 0, 0, false};  // of smaller ones the inverse might not be finite
   Rounding found{step, 1.0f / step, 0, false};
@@ -125,28 +135,31 @@ KMQ_PLAIN Rounding rounding_of(const float* x, int64_t cols, float* most, float*
   for (int i = 0; i < kInt8Halvings; ++i) {
     const float inverse = found.inverse * 2;
     const int32_t first = std::max(round_of(low, inverse), -128);
-    if (cost_of(most, least, groups, inverse, first) > limit) break;
+    if (cost_of<W>(most, least, groups, inverse, first) > limit) break;
     found = {found.step * 0.5f, inverse, first, true};
   }
   return found;
 }
 
 // Without halving, rounding may leave one step outside the window, which is cut off.
+template <int W>
 KMQ_PLAIN float quantize_words(const float* x, int64_t cols, float* scratch, int16_t* to) {
   const int64_t padded = int8_padded(cols);
-  const Rounding found = rounding_of(x, cols, scratch, scratch + padded / kInt8Group);
+  const Rounding found = rounding_of<W>(x, cols, scratch, scratch + padded / kInt8Group);
   if (found.inverse == 0) std::memset(to, 0, size_t(padded) * sizeof(int16_t));
-  else round_words(x, padded, found.inverse, found.halved ? -32768 : found.first, found.halved ? 32767 : found.first + 255, to);
+  else round_words<W>(x, padded, found.inverse, found.halved ? -32768 : found.first, found.halved ? 32767 : found.first + 255, to);
   return found.step;
 }
 
 #ifdef KMQ_X86
-KMQ_AVX2 float quantize_words_avx2(const float* x, int64_t cols, float* scratch, int16_t* to) { return quantize_words(x, cols, scratch, to); }
+KMQ_AVX2 float quantize_words_avx2(const float* x, int64_t cols, float* scratch, int16_t* to) {
+  return quantize_words<kWidthAvx2>(x, cols, scratch, to);
+}
 
 KMQ_VNNI float quantize_bytes(const float* x, int64_t cols, float* scratch, uint8_t* to, Int8Tail* tail) {
   const int64_t padded = int8_padded(cols), groups = padded / kInt8Group;
   float *const most = scratch, *const least = scratch + groups;
-  const Rounding found = rounding_of(x, cols, most, least);
+  const Rounding found = rounding_of<kWidthAvx512>(x, cols, most, least);
   *tail = {found.first, 0, 0, 0};
   if (found.inverse == 0) {
     std::memset(to, 0, size_t(padded));
@@ -190,7 +203,7 @@ void int8_quantize(const T* input, int64_t ld, int64_t begin, int64_t end, const
       continue;
     }
 #endif
-    out.scale[m] = quantize_words(x, out.cols, scratch, reinterpret_cast<int16_t*>(to));
+    out.scale[m] = quantize_words<kWidthScalar>(x, out.cols, scratch, reinterpret_cast<int16_t*>(to));
   }
 }
 
