@@ -93,6 +93,8 @@ def mark_quantized(model: nn.Module, config: KMQConfig) -> None:
         part.hf_quantizer = AutoHfQuantizer.from_config(own, pre_quantized=True)
         part.is_quantized = True
         part.quantization_method = QUANT_METHOD
+        for _, inner in _inside(part):  # some forwards ask for it, and call layers instead of reading their weights
+            inner.config._is_quantized = True
         # What transformers would turn back while saving: names of families that had others once. A codebook cannot be joined
         # or split as its weight was, so everything is saved under the names that the modules have.
         part._weight_conversions = []
@@ -123,5 +125,6 @@ def unmark(model: nn.Module) -> None:
         if getattr(part, "hf_quantizer", None) is not None:
             part.hf_quantizer = None
         part.is_quantized = False
+        vars(part.config).pop("_is_quantized", None)
         if part.__dict__.get("_weight_conversions") == []:
             del part._weight_conversions
