@@ -59,7 +59,7 @@ build/sanitize/%: tests/sanitize/%.cpp tests/sanitize/driver.h $(SANITIZED)
 
 # A driver says so where the processor lacks a path.
 sanitize: $(SANITIZERS)
-	for driver in $(SANITIZERS); do for path in amx avx512 avx2 scalar; do KMQ_CPU_PATH=$$path $$driver || exit 1; done; done
+	for driver in $(SANITIZERS); do for path in amx avx512 avxvnni avx2 scalar; do KMQ_CPU_PATH=$$path $$driver || exit 1; done; done
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -26,12 +26,15 @@ using Parallel = std::function<void(int64_t n, int64_t grain, const std::functio
 
 namespace cpu {
 
-// The instruction set that the kernels use on this machine: "amx" (what only the integer linear layer knows, all else is "avx512"),
-// "avx512", "avx2" or "scalar". KMQ_CPU_PATH in the environment lowers it, and is read once; throws std::runtime_error where it names what is not there.
+// The instruction set that the kernels use on this machine: "amx" (of which only the integer linear layer knows, all else is "avx512"),
+// "avx512", "avxvnni" (likewise, all else is "avx2"), "avx2" or "scalar". KMQ_CPU_PATH in the environment lowers it, and is read once; throws std::runtime_error where it names what is not there.
 const char* path();
 
 // Whether AVX2, FMA and F16C may be used; also true on the paths above.
 bool avx2();
+
+// Whether that is so, AVX-512 is not used, and sums of products of 16-bit integers are one instruction of 256 bits: the "avxvnni" path.
+bool avxvnni();
 
 // Whether AVX-512 F, BW, DQ and VL, and BMI2, may be used.
 bool avx512();

@@ -405,7 +405,7 @@ def test_bits_do_not_depend_on_threads_or_instruction_set():
         return out.stdout.decode().split()
 
     widest, one = run(1, "")
-    paths = ["scalar", "avx2", "avx512", "amx"]
+    paths = ["scalar", "avx2", "avxvnni", "avx512", "amx"]
     for path in paths[: paths.index(widest) + 1]:
         taken, digest = run(2, path)
         assert taken == path

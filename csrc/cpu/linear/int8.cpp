@@ -141,29 +141,66 @@ KMQ_AVX2 void decode_avx2(const LinearWeight& weight, int64_t row, int64_t rows,
     }
 }
 
-// R rows by 16: with 4 rows the 8 sums, the panel's 2 registers and what is multiplied stay in registers.
-template <int R>
-KMQ_AVX2 void tile_avx2(int64_t steps, const int16_t* a, int64_t lda, const int16_t* panel, int32_t* sums) {
-  __m256i sum[R][2];
-#pragma GCC unroll 4
-  for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < steps; ++k, a += 2, panel += 32) {
-    const __m256i right[2] = {_mm256_load_si256(reinterpret_cast<const __m256i*>(panel)),
-                              _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + 16))};
-#pragma GCC unroll 4
-    for (int i = 0; i < R; ++i) {
-      int32_t two;
-      std::memcpy(&two, a + i * lda, 4);
-      const __m256i left = _mm256_set1_epi32(two);
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) sum[i][v] = _mm256_add_epi32(sum[i][v], _mm256_madd_epi16(left, right[v]));
-    }
+// sum + the products of words, by pairs.
+struct MultiplyAdd {
+  KMQ_AVX2_INLINE static __m256i of(__m256i sum, __m256i left, __m256i right) { return _mm256_add_epi32(sum, _mm256_madd_epi16(left, right)); }
+};
+
+// In one instruction, written out: older compilers have no name for it.
+struct MultiplyAddVnni {
+  KMQ_AVX2_INLINE static __m256i of(__m256i sum, __m256i left, __m256i right) {
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(left), "x"(right));
+    return sum;
   }
+};
+
+// R rows by 16: the sums (8 of 4 rows, 12 of 6), the panel's 2 registers and what is multiplied stay in registers. Where a product is one
+// instruction it waits for the one before: few rows are summed in `chains` parts.
+template <int R, typename Product>
+KMQ_AVX2 void tile_avx2(int64_t steps, const int16_t* a, int64_t lda, const int16_t* panel, int32_t* sums) {
+  constexpr int chains = R == 1 ? 4 : R <= 3 ? 2 : 1;
+  __m256i sum[chains][R][2];
 #pragma GCC unroll 4
+  for (int s = 0; s < chains; ++s)
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) sum[s][i][0] = sum[s][i][1] = _mm256_setzero_si256();
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < steps; k += chains)
+#pragma GCC unroll 4
+    for (int s = 0; s < chains; ++s, a += 2, panel += 32) {
+      const __m256i right[2] = {_mm256_load_si256(reinterpret_cast<const __m256i*>(panel)),
+                                _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + 16))};
+#pragma GCC unroll 6
+      for (int i = 0; i < R; ++i) {
+        int32_t two;
+        std::memcpy(&two, a + i * lda, 4);
+        const __m256i left = _mm256_set1_epi32(two);
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) sum[s][i][v] = Product::of(sum[s][i][v], left, right[v]);
+      }
+    }
+#pragma GCC unroll 6
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) _mm256_store_si256(reinterpret_cast<__m256i*>(sums + 16 * i + 8 * v), sum[i][v]);
+    for (int v = 0; v < 2; ++v) {
+      __m256i total = sum[0][i][v];
+#pragma GCC unroll 4
+      for (int s = 1; s < chains; ++s) total = _mm256_add_epi32(total, sum[s][i][v]);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(sums + 16 * i + 8 * v), total);
+    }
+}
+
+// At most 6 rows. `steps` of 2 columns, a multiple of 4.
+template <typename Product>
+void tile_avx2(int64_t rows, int64_t steps, const int16_t* a, int64_t lda, const int16_t* panel, int32_t* sums) {
+  switch (rows) {
+    case 1: return tile_avx2<1, Product>(steps, a, lda, panel, sums);
+    case 2: return tile_avx2<2, Product>(steps, a, lda, panel, sums);
+    case 3: return tile_avx2<3, Product>(steps, a, lda, panel, sums);
+    case 4: return tile_avx2<4, Product>(steps, a, lda, panel, sums);
+    case 5: return tile_avx2<5, Product>(steps, a, lda, panel, sums);
+    default: return tile_avx2<6, Product>(steps, a, lda, panel, sums);
+  }
 }
 
 #endif  // KMQ_X86
@@ -173,7 +210,7 @@ KMQ_AVX2 void tile_avx2(int64_t steps, const int16_t* a, int64_t lda, const int1
 struct Words {
   using Entry = int16_t;
   struct State {};
-  static constexpr int kRows = kInt8Rows, kTile = 4;
+  static constexpr int kRows = kInt8Rows, kTile = 6;
 
   static void decode(const LinearWeight& weight, int64_t row, int64_t rows, int16_t* panel) {
 #ifdef KMQ_X86
@@ -186,14 +223,9 @@ struct Words {
     const int16_t* const a = reinterpret_cast<const int16_t*>(input.data + m * input.stride);
     const int64_t lda = input.stride / 2;
 #ifdef KMQ_X86
-    if (avx2()) {
-      const int64_t steps = ceil_div(input.cols, 2);
-      if (rows == 4) tile_avx2<4>(steps, a, lda, panel, sums);
-      else if (rows == 3) tile_avx2<3>(steps, a, lda, panel, sums);
-      else if (rows == 2) tile_avx2<2>(steps, a, lda, panel, sums);
-      else tile_avx2<1>(steps, a, lda, panel, sums);
-      return;
-    }
+    const int64_t steps = int8_padded(input.cols) / 2;
+    if (avxvnni()) return tile_avx2<MultiplyAddVnni>(rows, steps, a, lda, panel, sums);
+    if (avx2()) return tile_avx2<MultiplyAdd>(rows, steps, a, lda, panel, sums);
 #endif
     tile_scalar(rows, input.cols, a, lda, panel, sums);
   }
