@@ -54,18 +54,19 @@ KMQ_PLAIN Floats<W> gated(Floats<W> x, Floats<W> y) {
   return y < -88.3f ? Floats<W>{} : result;
 }
 
-// values[0 .. count) = activation of them; NaN stays NaN.
+// NaN stays NaN.
+template <int W, Activation activation>
+KMQ_PLAIN Floats<W> activated(Floats<W> x) {
+  if constexpr (activation == Activation::gelu) return gelu_of<W>(x);
+  if constexpr (activation == Activation::gelu_tanh) return gated<W>(x, 1.5957691216f * (x + 0.044715f * x * x * x));
+  if constexpr (activation == Activation::silu) return gated<W>(x, x);
+  if constexpr (activation == Activation::relu) return x < 0.0f ? Floats<W>{} : x;
+  return x;
+}
+
 template <int W, Activation activation>
 KMQ_PLAIN void activate_plain(float* values, int64_t count) {
-  for (int64_t i = 0; i < count; i += W) {
-    const Floats<W> x = load_floats<W>(values + i, count - i);
-    Floats<W> y = x;
-    if constexpr (activation == Activation::gelu) y = gelu_of<W>(x);
-    if constexpr (activation == Activation::gelu_tanh) y = gated<W>(x, 1.5957691216f * (x + 0.044715f * x * x * x));
-    if constexpr (activation == Activation::silu) y = gated<W>(x, x);
-    if constexpr (activation == Activation::relu) y = x < 0.0f ? Floats<W>{} : x;
-    store_floats<W>(values + i, y, count - i);
-  }
+  for (int64_t i = 0; i < count; i += W) store_floats<W>(values + i, activated<W, activation>(load_floats<W>(values + i, count - i)), count - i);
 }
 
 template <Activation activation>
@@ -94,6 +95,7 @@ void activate_as(float* values, int64_t count) {
   activate_scalar<activation>(values, count);
 }
 
+// values[0 .. count) = activation of them.
 inline void activate(Activation activation, float* values, int64_t count) {
   switch (activation) {
     case Activation::none: return;

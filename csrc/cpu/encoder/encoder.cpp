@@ -119,14 +119,14 @@ class Share {
       middle = std::max(middle, layer.up.packed.rows);
     }
     const int64_t states = std::max(encoder.hidden, widest);
-    memory_ = scratch(count_ * (4 * states + std::max(middle, 3 * encoder.hidden) + 1) + ceil_div(count_ * bytes, 4) + 64);
+    memory_ = scratch(count_ * (4 * states + std::max(middle, 3 * encoder.hidden) + 4) + ceil_div(count_ * bytes, 4) + 64);
     states_ = memory_.get();
     other_ = states_ + count_ * states;
     context_ = other_ + count_ * states;
     normed_ = context_ + count_ * states;
     middle_ = normed_ + count_ * states;
-    scales_ = middle_ + count_ * std::max(middle, 3 * encoder.hidden);
-    quantized_ = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<intptr_t>(scales_ + count_), 64));
+    quantized_rows_ = reinterpret_cast<Int8Row*>(middle_ + count_ * std::max(middle, 3 * encoder.hidden));
+    quantized_ = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<intptr_t>(quantized_rows_ + count_), 64));
   }
 
   void run(float* out) {
@@ -175,7 +175,7 @@ class Share {
       if (target.weight->table) products.push_back({target.weight, target.out, target.weight->packed.rows, activation});
     if (!products.empty()) {
       const int64_t cols = products[0].weight->packed.cols;
-      const Int8Input quantized{quantized_, scales_, count_, cols};
+      const Int8Input quantized{quantized_, quantized_rows_, count_, cols};
       rows(cols, [&](int64_t begin, int64_t end) { int8_quantize(input, cols, begin, end, quantized); });
       int8_multiply<float, float>(quantized, input, products, parallel_);
     }
@@ -286,7 +286,8 @@ class Share {
   const Parallel& parallel_;
   int64_t count_ = 0;
   Scratch memory_;
-  float *states_, *other_, *context_, *normed_, *middle_, *scales_;
+  float *states_, *other_, *context_, *normed_, *middle_;
+  Int8Row* quantized_rows_;
   uint8_t* quantized_;
 };
 

@@ -205,7 +205,7 @@ void tile_avx2(int64_t rows, int64_t steps, const int16_t* a, int64_t lda, const
 
 #endif  // KMQ_X86
 
-// What a path has: the numbers of its panels, decoding, a tile of at most kTile rows, and one row of its sums made outputs. State is
+// What a path has: the numbers of its panels, decoding, a tile of at most kTile rows, and how its sums become outputs. State is
 // what a thread holds while it multiplies.
 struct Words {
   using Entry = int16_t;
@@ -239,7 +239,7 @@ struct Words {
                                      float* out) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t r = 0; r < kRows; ++r) {
-        float y = float(sums[i * kRows + r]) * input.scale[m + i] * of.factor[r];
+        float y = float(sums[i * kRows + r]) * input.row[m + i].scale * of.factor[r];
         if (added) y += added[i * kRows + r];
         out[i * kRows + r] = y + of.bias[r];
       }
@@ -258,24 +258,24 @@ struct Words {
   }
 #endif
 
-  static void finish(const Int8Input& input, int64_t m, int64_t rows, const int16_t*, const Rows& of, const float* added, const int32_t* sums,
-                     float* out) {
-#ifdef KMQ_X86
-    if (avx2()) return finish_avx2(input, m, rows, of, added, sums, out);
-#endif
-    finish_plain(input, m, rows, of, added, sums, out);
-  }
-
   template <typename T>
-  static void store(const float* from, int64_t rows, int64_t count, T* to, int64_t ld) {
-    for (int64_t i = 0; i < rows; ++i, from += kRows, to += ld) {
+  static void finish(Activation activation, const Int8Input& input, int64_t m, int64_t rows, int64_t count, const int16_t*, const Rows& of,
+                     const float* added, const int32_t* sums, T* to, int64_t ld) {
+    alignas(64) float out[kTile * kRows];
+#ifdef KMQ_X86
+    if (avx2()) finish_avx2(input, m, rows, of, added, sums, out);
+    else
+#endif
+      finish_plain(input, m, rows, of, added, sums, out);
+    activate(activation, out, rows * kRows);
+    for (int64_t i = 0; i < rows; ++i, to += ld) {
 #ifdef KMQ_X86
       if (avx2() && count == kRows) {
-        store_avx2(from, to);
+        store_avx2(out + i * kRows, to);
         continue;
       }
 #endif
-      for (int64_t r = 0; r < count; ++r) narrow(from[r], to[r]);
+      for (int64_t r = 0; r < count; ++r) narrow(out[i * kRows + r], to[r]);
     }
   }
 };
@@ -296,14 +296,10 @@ struct Bytes {
 
   using Rows = PanelRows;
 
-  static void finish(const Int8Input& input, int64_t m, int64_t rows, const int8_t* panel, const Rows& of, const float* added,
-                     const int32_t* sums, float* out) {
-    finish_vnni(input, m, rows, panel, of, added, sums, out);
-  }
-
   template <typename T>
-  static void store(const float* from, int64_t rows, int64_t count, T* to, int64_t ld) {
-    store_vnni(from, rows, count, to, ld);
+  static void finish(Activation activation, const Int8Input& input, int64_t m, int64_t rows, int64_t count, const int8_t* panel, const Rows& of,
+                     const float* added, const int32_t* sums, T* to, int64_t ld) {
+    finish_vnni(activation, input, m, rows, count, panel, of, added, sums, to, ld);
   }
 };
 
@@ -335,16 +331,15 @@ void multiply_panel(const Int8Input& input, const V* values, const Int8Product<T
     of.bias[r] = weight.bias ? weight.bias[row + r] : 0.0f;
     of.row_sum[r] = weight.row_sum[row + r];
   }
-  alignas(64) float added[Path::kTile][W], out[Path::kTile][W];
+  alignas(64) float added[Path::kTile][W];
   alignas(64) int32_t sums[Path::kTile][W];
   const int64_t tiles = ceil_div(end - begin, int64_t(Path::kTile)), most = ceil_div(end - begin, tiles);  // nearly equal ones
   for (int64_t m = begin, here; m < end; m += here) {
     here = std::min(most, end - m);
     Path::tile(state, input, m, here, panel, sums[0]);
     if (weight.outliers) int8_outliers<W>(weight, row, rows, values + m * input.cols, here, added);
-    Path::finish(input, m, here, panel, of, weight.outliers ? added[0] : nullptr, sums[0], out[0]);
-    activate(product.activation, out[0], here * W);
-    Path::store(out[0], here, rows, product.out + m * product.ld + row, product.ld);
+    Path::finish(product.activation, input, m, here, rows, panel, of, weight.outliers ? added[0] : nullptr, sums[0],
+                 product.out + m * product.ld + row, product.ld);
   }
 }
 
@@ -389,9 +384,9 @@ namespace {
 
 template <typename T>
 void linear(const T* input, int64_t M, const LinearWeight& weight, Activation activation, T* output, const Parallel& parallel) {
-  const int64_t cols = weight.packed.cols, scales = round_up(M, 16);
-  const Scratch owned = scratch(ceil_div(M * int8_stride(cols), 4) + scales);
-  const Int8Input quantized{reinterpret_cast<uint8_t*>(owned.get() + scales), owned.get(), M, cols};
+  const int64_t cols = weight.packed.cols, rows = round_up(M, 4) * int64_t(sizeof(Int8Row) / sizeof(float));
+  const Scratch owned = scratch(ceil_div(M * int8_stride(cols), 4) + rows);
+  const Int8Input quantized{reinterpret_cast<uint8_t*>(owned.get() + rows), reinterpret_cast<Int8Row*>(owned.get()), M, cols};
   parallel(M, ceil_div(kGrainWork, 16 * (cols + 1)), [&](int64_t begin, int64_t end) { int8_quantize(input, cols, begin, end, quantized); });
   int8_multiply<T, T>(quantized, input, {{&weight, output, weight.packed.rows, activation}}, parallel);
 }

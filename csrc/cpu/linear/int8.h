@@ -40,29 +40,27 @@ struct Int8Added {
   uint32_t bytes;
 };
 
-// Behind the numbers of a row, VNNI only.
-struct Int8Tail {
-  int32_t least;           // q of the byte 0
-  int32_t above, below;    // entries of `list` that are added, then entries that are taken away
-  int32_t unused;
-  Int8Added* list() { return reinterpret_cast<Int8Added*>(this + 1); }
-  const Int8Added* list() const { return reinterpret_cast<const Int8Added*>(this + 1); }
+// What belongs to a quantized row. What is outside its window is a list, of VNNI only.
+struct Int8Row {
+  float scale;           // NaN for a row that is not finite
+  int32_t least;         // q of the byte 0
+  int32_t above, below;  // entries of the list that are added, then entries that are taken away
 };
 
-// Bytes from one quantized row to the next. A row lists its additions by 255, but counts them by 256, so at most twice as many as it
-// may cost. An odd number of cache lines, so that the rows of a tile fall in different sets.
+// Bytes from one quantized row to the next, its list behind its numbers. A row lists its additions by 255, but counts them by 256, so at
+// most twice as many as it may cost. An odd number of cache lines, so that the rows of a tile fall in different sets.
 inline int64_t int8_stride(int64_t cols) {
-  const int64_t numbers = int8_padded(cols) * (vnni() ? 1 : 2), tail = vnni() ? sizeof(Int8Tail) + 2 * int8_most_added(cols) * sizeof(Int8Added) : 0;
-  return (ceil_div(numbers + tail, 64) | 1) * 64;
+  const int64_t numbers = int8_padded(cols) * (vnni() ? 1 : 2), list = vnni() ? 2 * int8_most_added(cols) * sizeof(Int8Added) : 0;
+  return (ceil_div(numbers + list, 64) | 1) * 64;
 }
 
-// Rows `cols` long, quantized: `data` at int8_stride apart, `scale` one each. A row that is not finite has the scale NaN.
+// Rows `cols` long, quantized: `data` at int8_stride apart, `row` one each.
 struct Int8Input {
   uint8_t* data;
-  float* scale;
+  Int8Row* row;
   int64_t rows, cols, stride = int8_stride(cols);
 
-  Int8Tail* tail(int64_t m) const { return reinterpret_cast<Int8Tail*>(data + m * stride + int8_padded(cols)); }
+  Int8Added* list(int64_t m) const { return reinterpret_cast<Int8Added*>(data + m * stride + int8_padded(cols)); }
 };
 
 template <typename T>

@@ -143,36 +143,36 @@ KMQ_PLAIN Rounding rounding_of(const float* x, int64_t cols, float* most, float*
 
 // Without halving, rounding may leave one step outside the window, which is cut off.
 template <int W>
-KMQ_PLAIN float quantize_words(const float* x, int64_t cols, float* scratch, int16_t* to) {
+KMQ_PLAIN Int8Row quantize_words(const float* x, int64_t cols, float* scratch, int16_t* to) {
   const int64_t padded = int8_padded(cols);
   const Rounding found = rounding_of<W>(x, cols, scratch, scratch + padded / kInt8Group);
   if (found.inverse == 0) std::memset(to, 0, size_t(padded) * sizeof(int16_t));
   else round_words<W>(x, padded, found.inverse, found.halved ? -32768 : found.first, found.halved ? 32767 : found.first + 255, to);
-  return found.step;
+  return {found.step, 0, 0, 0};
 }
 
 #ifdef KMQ_X86
-KMQ_AVX2 float quantize_words_avx2(const float* x, int64_t cols, float* scratch, int16_t* to) {
+KMQ_AVX2 Int8Row quantize_words_avx2(const float* x, int64_t cols, float* scratch, int16_t* to) {
   return quantize_words<kWidthAvx2>(x, cols, scratch, to);
 }
 
-KMQ_VNNI float quantize_bytes(const float* x, int64_t cols, float* scratch, uint8_t* to, Int8Tail* tail) {
+KMQ_VNNI Int8Row quantize_bytes(const float* x, int64_t cols, float* scratch, uint8_t* to, Int8Added* list) {
   const int64_t padded = int8_padded(cols), groups = padded / kInt8Group;
   float *const most = scratch, *const least = scratch + groups;
   const Rounding found = rounding_of<kWidthAvx512>(x, cols, most, least);
-  *tail = {found.first, 0, 0, 0};
+  Int8Row row{found.step, found.first, 0, 0};
   if (found.inverse == 0) {
     std::memset(to, 0, size_t(padded));
-    return found.step;
+    return row;
   }
   round_bytes(x, padded, found.inverse, found.first, to);
   // Beyond the last column a panel holds anything, and the byte 0 is not the number 0.
   for (int64_t c = cols; c < padded; ++c) to[(c / kBlock * 32 + c / kLanes % kParts * kLanes + c % kLanes) * kInt8Group + c % kBlock / 32] = 0;
   if (found.halved) {
-    tail->above = list_outside(x, most, groups, found.inverse, found.first + 255, 1, tail->list());
-    tail->below = list_outside(x, least, groups, found.inverse, found.first, -1, tail->list() + tail->above);
+    row.above = list_outside(x, most, groups, found.inverse, found.first + 255, 1, list);
+    row.below = list_outside(x, least, groups, found.inverse, found.first, -1, list + row.above);
   }
-  return found.step;
+  return row;
 }
 #endif
 
@@ -195,15 +195,15 @@ void int8_quantize(const T* input, int64_t ld, int64_t begin, int64_t end, const
     uint8_t* const to = out.data + m * out.stride;
 #ifdef KMQ_X86
     if (vnni()) {
-      out.scale[m] = quantize_bytes(x, out.cols, scratch, to, out.tail(m));
+      out.row[m] = quantize_bytes(x, out.cols, scratch, to, out.list(m));
       continue;
     }
     if (avx2()) {
-      out.scale[m] = quantize_words_avx2(x, out.cols, scratch, reinterpret_cast<int16_t*>(to));
+      out.row[m] = quantize_words_avx2(x, out.cols, scratch, reinterpret_cast<int16_t*>(to));
       continue;
     }
 #endif
-    out.scale[m] = quantize_words<kWidthScalar>(x, out.cols, scratch, reinterpret_cast<int16_t*>(to));
+    out.row[m] = quantize_words<kWidthScalar>(x, out.cols, scratch, reinterpret_cast<int16_t*>(to));
   }
 }
 

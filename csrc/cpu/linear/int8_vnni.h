@@ -5,6 +5,7 @@
 // decoded in its own order, a register of 64 columns a part of a block, through its own table; 16 rows of these are turned.
 #pragma once
 #include "../codes/layout.h"
+#include "../encoder/activation.h"
 #include "int8.h"
 
 #ifdef KMQ_X86
@@ -178,29 +179,32 @@ struct PanelRows {
   alignas(64) int32_t row_sum[kInt8RowsVnni];
 };
 
-// Sums of the bytes of `rows` input rows become sums of their numbers, and those the formula of int8.h. added [rows][32] or null.
-KMQ_VNNI inline void finish_vnni(const Int8Input& input, int64_t m, int64_t rows, const int8_t* panel, const PanelRows& of, const float* added,
-                                 const int32_t* sums, float* out) {
+// Sums of the bytes of `rows` input rows become sums of their numbers, those the formula of int8.h, and that its activation: `count` columns
+// of outputs ld apart. added [rows][32] or null.
+template <Activation activation, typename T>
+KMQ_VNNI void finish_vnni(const Int8Input& input, int64_t m, int64_t rows, int64_t count, const int8_t* panel, const PanelRows& of,
+                          const float* added, const int32_t* sums, T* out, int64_t ld) {
   const __m512i row_sum[2] = {_mm512_load_si512(of.row_sum), _mm512_load_si512(of.row_sum + 16)};
   const __m512 factor[2] = {_mm512_load_ps(of.factor), _mm512_load_ps(of.factor + 16)};
   const __m512 bias[2] = {_mm512_load_ps(of.bias), _mm512_load_ps(of.bias + 16)};
+  const __mmask16 lanes[2] = {first_lanes(count), first_lanes(std::max<int64_t>(0, count - 16))};
 #pragma GCC unroll 1
-  for (int64_t i = 0; i < rows; ++i, sums += 32, out += 32) {
-    const Int8Tail& tail = *input.tail(m + i);
-    const __m512i least = _mm512_set1_epi32(tail.least);
+  for (int64_t i = 0; i < rows; ++i, sums += 32, out += ld) {
+    const Int8Row row = input.row[m + i];
+    const __m512i least = _mm512_set1_epi32(row.least);
     __m512i total[2] = {_mm512_add_epi32(_mm512_mullo_epi32(least, row_sum[0]), _mm512_load_si512(sums)),
                         _mm512_add_epi32(_mm512_mullo_epi32(least, row_sum[1]), _mm512_load_si512(sums + 16))};
-    const Int8Added* at = tail.list();
-#pragma GCC unroll 1
-    for (const Int8Added* const end = at + tail.above; at != end; ++at) {
-      const __m512i bytes = _mm512_set1_epi32(int32_t(at->bytes));
-      total[0] = _mm512_dpbusd_epi32(total[0], bytes, _mm512_load_si512(panel + at->group * 128));
-      total[1] = _mm512_dpbusd_epi32(total[1], bytes, _mm512_load_si512(panel + at->group * 128 + 64));
-    }
-    if (tail.below) {
+    if (row.above + row.below) {
+      const Int8Added* at = input.list(m + i);
       __m512i below[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
 #pragma GCC unroll 1
-      for (const Int8Added* const end = at + tail.below; at != end; ++at) {
+      for (const Int8Added* const end = at + row.above; at != end; ++at) {
+        const __m512i bytes = _mm512_set1_epi32(int32_t(at->bytes));
+        total[0] = _mm512_dpbusd_epi32(total[0], bytes, _mm512_load_si512(panel + at->group * 128));
+        total[1] = _mm512_dpbusd_epi32(total[1], bytes, _mm512_load_si512(panel + at->group * 128 + 64));
+      }
+#pragma GCC unroll 1
+      for (const Int8Added* const end = at + row.below; at != end; ++at) {
         const __m512i bytes = _mm512_set1_epi32(int32_t(at->bytes));
         below[0] = _mm512_dpbusd_epi32(below[0], bytes, _mm512_load_si512(panel + at->group * 128));
         below[1] = _mm512_dpbusd_epi32(below[1], bytes, _mm512_load_si512(panel + at->group * 128 + 64));
@@ -208,22 +212,26 @@ KMQ_VNNI inline void finish_vnni(const Int8Input& input, int64_t m, int64_t rows
       total[0] = _mm512_sub_epi32(total[0], below[0]);
       total[1] = _mm512_sub_epi32(total[1], below[1]);
     }
-    const __m512 scale = _mm512_set1_ps(input.scale[m + i]);
+    const __m512 scale = _mm512_set1_ps(row.scale);
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
       __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total[v]), scale), factor[v]);
       if (added) y = _mm512_add_ps(y, _mm512_load_ps(added + 32 * i + 16 * v));
-      _mm512_store_ps(out + 16 * v, _mm512_add_ps(y, bias[v]));
+      y = (__m512)activated<16, activation>((Floats<16>)_mm512_add_ps(y, bias[v]));
+      if (lanes[v]) store16(out + 16 * v, y, lanes[v]);
     }
   }
 }
 
 template <typename T>
-KMQ_VNNI void store_vnni(const float* from, int64_t rows, int64_t count, T* to, int64_t ld) {
-  const __mmask16 low = first_lanes(count), high = first_lanes(std::max<int64_t>(0, count - 16));
-  for (int64_t i = 0; i < rows; ++i, from += 32, to += ld) {
-    store16(to, _mm512_load_ps(from), low);
-    if (high) store16(to + 16, _mm512_load_ps(from + 16), high);
+void finish_vnni(Activation activation, const Int8Input& input, int64_t m, int64_t rows, int64_t count, const int8_t* panel, const PanelRows& of,
+                 const float* added, const int32_t* sums, T* out, int64_t ld) {
+  switch (activation) {
+    case Activation::none: return finish_vnni<Activation::none>(input, m, rows, count, panel, of, added, sums, out, ld);
+    case Activation::gelu: return finish_vnni<Activation::gelu>(input, m, rows, count, panel, of, added, sums, out, ld);
+    case Activation::gelu_tanh: return finish_vnni<Activation::gelu_tanh>(input, m, rows, count, panel, of, added, sums, out, ld);
+    case Activation::relu: return finish_vnni<Activation::relu>(input, m, rows, count, panel, of, added, sums, out, ld);
+    case Activation::silu: return finish_vnni<Activation::silu>(input, m, rows, count, panel, of, added, sums, out, ld);
   }
 }
 
