@@ -121,7 +121,7 @@ def dry_steps(python: str) -> list[Step]:
         "build": [python, "-c", say],
         "sanitizer": [python, "-m", "benchmarks.gpu_smoke", "--dry-run"],
     }
-    listed = ("tests", "slow tests")  # pytest finds them, and skips each for want of a device
+    listed = ("tests", "slow tests")  # pytest finds those that a device would run
     peers = {"peers, linear": "linear", "peers, clustering": "clustering", "all shapes, gradients": "gradients"}
     steps = []
     for step in device_steps(python, 90):
@@ -133,8 +133,10 @@ def dry_steps(python: str) -> list[Step]:
             command = [python, "-m", "benchmarks.gpu_headline", peers[step.name], "--dry-run"]
         else:
             command = [*step.command, "--dry-run"]
-        interpreted = {} if step.name == "cache" else {"TRITON_INTERPRET": "1"}
-        steps.append(replace(step, command=command, limit=step.limit * 4, environment=interpreted))
+        environment = {} if step.name == "cache" else {"TRITON_INTERPRET": "1"}
+        if step.name in listed:
+            environment["KMQ_LIST_AS_ON_CUDA"] = "1"
+        steps.append(replace(step, command=command, limit=step.limit * 4, environment=environment))
     return steps
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import kmq_kernels as kmq
 from benchmarks.gpu_codebook_linear import L2_ON_A_CPU, bandwidth, compared, replayable
+from benchmarks.gpu_keys import steady_keys
 from benchmarks.gpu_steps import emit
 from benchmarks.shapes import BERT_BASE, BERT_BASE_LINEARS
 
@@ -113,4 +114,5 @@ def rows() -> list[dict[str, Any]]:
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("gpu_codebook_grad: torch finds no CUDA device here")
+    steady_keys()
     rows()

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kmq_kernels as kmq
+from benchmarks.gpu_keys import steady_keys
 from benchmarks.gpu_steps import emit
 from benchmarks.shapes import GPU_LINEAR_M, GPU_LINEARS
 from kmq_kernels import ops
@@ -333,4 +334,5 @@ def rows() -> list[dict[str, Any]]:
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("gpu_codebook_linear: torch finds no CUDA device here")
+    steady_keys()
     rows()

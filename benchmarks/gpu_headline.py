@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.gpu_keys import steady_keys
+
 SQUARES = [(4096, 4096), (8192, 8192)]
 WIDTHS = [4, 3, 2, 8]
 LINEAR_M = [1, 16, 4096]
@@ -88,6 +90,7 @@ PARTS: dict[str, Callable[[torch.device, bool], None]] = {
 
 @torch.inference_mode()
 def run(part: str, device: torch.device, small: bool) -> None:
+    steady_keys()
     random.seed(0)
     torch.manual_seed(0)
     PARTS[part](device, small)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import kmq_kernels as kmq
+from benchmarks.gpu_keys import steady_keys
 from benchmarks.gpu_steps import emit
 from benchmarks.shapes import BERT_BASE, BERT_LARGE, SEVEN_B
 from kmq_kernels.triton_kernels.assign import assign
@@ -302,5 +303,6 @@ def rows(device: str = "cuda", small: bool = False) -> list[Row]:
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("gpu_kmeans: torch finds no CUDA device here")
+    steady_keys()
     with torch.inference_mode():
         rows()

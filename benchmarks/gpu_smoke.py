@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_keys import steady_keys
 from benchmarks.gpu_steps import emit
 
 Check = Callable[[], tuple[float, float]]  # the error, and the most that it may be
@@ -276,6 +277,7 @@ def checks(device: torch.device, small: bool) -> Iterator[tuple[str, Check]]:
 @torch.inference_mode()
 def run(device: torch.device, small: bool) -> list[dict[str, Any]]:
     """A row for each check: its error beside the most it may be, whether it is ok, and its milliseconds with all compiling."""
+    steady_keys()
     torch.manual_seed(0)
     rows = []
     for name, check in checks(device, small):

@@ -53,8 +53,9 @@ def device():
     return DEVICE
 
 
-def pytest_collection_modifyitems(items):
-    if DEVICE == "cuda":  # the tests of Triton kernels then run on the device
+def pytest_collection_modifyitems(config, items):
+    # The tests of Triton kernels then run on the device; the dry run of `make gpu` lists them.
+    if DEVICE == "cuda" or (config.option.collectonly and os.environ.get("KMQ_LIST_AS_ON_CUDA")):
         for item in items:
             if "device" in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.gpu)

@@ -57,6 +57,35 @@ def test_keys_made_without_a_device_are_found_where_the_folder_went(tmp_path, ru
     assert again["compile_seconds_of_all"] >= facts["compiled_now_seconds"] > 0
 
 
+# The keys of all kernels, made in the order of their names or backwards; and names of which a kernel reads two values.
+KEYS = """
+import importlib, json, pkgutil
+import triton
+import kmq_kernels.triton_kernels as package
+from benchmarks.gpu_keys import steady_keys
+steady_keys()
+modules = [importlib.import_module(one.name) for one in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+found = {{
+    name + " of " + module.__name__: one for module in modules for name, one in vars(module).items()
+    if isinstance(one, triton.JITFunction)
+}}
+keys = {{name: found[name].cache_key for name in sorted(found, reverse={backwards})}}
+twice = [
+    (name, read) for name, one in found.items() for read in sorted({{read for read, _ in one.used_global_vals}})
+    if len({{str(value) for (other, _), (value, _) in one.used_global_vals.items() if other == read}}) > 1
+]
+print(json.dumps([keys, twice]))
+"""
+
+
+def test_keys_do_not_depend_on_what_a_process_did_before(run_python):
+    """Triton 3.6 also puts constants of one name in an order that no process repeats: no kernel reads two of different values."""
+    (keys, twice), (others, _) = (run_python(KEYS.format(backwards=way), TRITON_INTERPRET="0") for way in (False, True))
+    assert len(keys) > 60
+    assert keys == others
+    assert twice == []
+
+
 def test_the_chips_are_those_that_have_plans():
     for architecture in CHIPS:
         major, minor = divmod(architecture, 10)

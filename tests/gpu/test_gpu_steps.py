@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -130,6 +132,26 @@ def test_the_order_is_that_of_worth_and_a_dry_run_has_the_same():
     for one in gpu.dry_steps("python"):
         assert "setup.py" not in one.command
         assert "--dry-run" in one.command or one.name in ("cache", "build", "tests", "slow tests")
+
+
+def test_a_dry_run_lists_the_tests_that_a_device_would_run(tmp_path):
+    """Those with the fixture `device`, which no mark of their own names, and those with the mark."""
+    file = tmp_path / "test_four.py"
+    file.write_text(
+        "import pytest\ndef test_plain(): pass\ndef test_kernel(device): pass\n"
+        "@pytest.mark.gpu\ndef test_marked(): pass\n@pytest.mark.slow\ndef test_long(device): pass\n"
+    )
+    tests = Path(__file__).parents[1]
+    found = {}
+    for one in gpu.dry_steps(sys.executable):
+        if one.name in ("tests", "slow tests"):
+            command = [str(file) if part == "tests" else part for part in one.command]
+            environment = {**os.environ, **one.environment, "PYTHONPATH": f"{tests}:{tests.parent}"}
+            command += ["-p", "conftest", "-c", str(tests.parent / "pyproject.toml")]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+            found[one.name] = re.findall(r"<Function (\w+)>", done.stdout)
+    assert found == {"tests": ["test_kernel", "test_marked"], "slow tests": ["test_long"]}
 
 
 def test_goals_are_met_missed_or_not_measured():

@@ -1,9 +1,11 @@
-"""The clustering kernels compiled for sm_80 and sm_90: no spills, and budgets that a Triton upgrade must not break.
+"""The clustering kernels compiled for sm_80, 90, 100 and 120: no spills, and budgets that a Triton upgrade must not break.
 
 An H100 runs 29.6e12 lane-instructions a second and reads 0.75e12 fp32 values a second: a pass over fp32 values stays bound by
 memory up to 39 lane-instructions a value. The counts below are of all that a thread runs for a whole aligned tile, divided by
 its values.
 """
+
+import re
 
 import offline
 import pytest
@@ -101,7 +103,7 @@ def update(levels, fused, dtype="tl.float32", weighted=False):
     return kernel("update:update_kernel", signature, {**flags, "FUSED": fused}, num_warps=4, maxnreg=255)
 
 
-# name: kernel, registers and bytes of shared memory at most on either architecture
+# name: kernel, registers and bytes of shared memory at most on any architecture
 BUDGETS = {
     "assign, K=16": (assign(4, False), 80, 4096),
     "assign, K=256": (assign(8, False), 80, 4096),
@@ -155,34 +157,39 @@ def everything(built):
     return len(built.sass)
 
 
-# name: what is counted, values that a thread handles in it, instructions a value at most on sm_80 and sm_90. On an H100 a pass
+# name: what is counted, values that a thread handles in it, most instructions a value on sm_80, 90, 100, 120. On an H100 a pass
 # stays bound by memory up to 39 for the 4 bytes of an fp32 value, 49 with a label of a byte, 78 and 88 with fp32 weights beside.
 # The sums miss that: Triton gives no addition to shared memory, which is why they are masks, or products of matrices.
 INSTRUCTIONS = {
-    "assign, K=16": (whole_tile, 16, 17, 19),
-    "assign, K=256": (whole_tile, 16, 30, 36),
-    "assign, K=256, bf16": (whole_tile, 16, 31, 37),
-    "labels, K=16, packed, with errors": (whole_tile, 32, 20, 24),
-    "labels, K=256, packed, with errors": (whole_tile, 32, 33, 39),
-    "labels, K=16, packed, with errors and weights": (whole_tile, 32, 22, 26),
-    "labels, K=256, packed, with errors and weights": (whole_tile, 32, 36, 43),
-    "histogram": (counted_tile, 16, 20, 22),
-    "histogram, bf16": (counted_tile, 16, 16, 20),
-    "histogram, weights": (counted_tile, 16, 39, 43),
-    "largest weight": (everything, 16, 33, 33),
-    "update, K=16": (summed_part, 32, 48, 49),
-    "update, K=16, weights": (summed_part, 32, 61, 62),
-    "update, K=256": (summed_part, 32, 340, 335),
-    "fused step, K=16": (summed_part, 32, 63, 67),
-    "fused step, K=256": (summed_part, 32, 370, 385),
+    "assign, K=16": (whole_tile, 16, 17, 19, 18, 19),
+    "assign, K=256": (whole_tile, 16, 30, 36, 33, 37),
+    "assign, K=256, bf16": (whole_tile, 16, 31, 37, 34, 39),
+    "labels, K=16, packed, with errors": (whole_tile, 32, 20, 24, 24, 24),
+    "labels, K=256, packed, with errors": (whole_tile, 32, 33, 39, 41, 41),
+    "labels, K=16, packed, with errors and weights": (whole_tile, 32, 22, 26, 26, 26),
+    "labels, K=256, packed, with errors and weights": (whole_tile, 32, 36, 43, 43, 43),
+    "histogram": (counted_tile, 16, 20, 22, 22, 24),
+    "histogram, bf16": (counted_tile, 16, 16, 20, 20, 21),
+    "histogram, weights": (counted_tile, 16, 39, 43, 43, 44),
+    "largest weight": (everything, 16, 33, 33, 33, 33),
+    "update, K=16": (summed_part, 32, 48, 49, 58, 49),
+    "update, K=16, weights": (summed_part, 32, 61, 62, 81, 62),
+    "update, K=256": (summed_part, 32, 340, 335, 340, 343),
+    "fused step, K=16": (summed_part, 32, 63, 67, 74, 65),
+    "fused step, K=256": (summed_part, 32, 370, 385, 385, 376),
 }
 # Of the kernels that solve, the whole code: a problem's size does not say how often a part of it runs.
 CODE = {
-    "solve, K=16": (11000, 10500), "solve, K=256": (11100, 10300), "rows of 1024": (7300, 6600), "rows of 16384": (10200, 8500),
+    "solve, K=16": (11000, 10500, 10700, 15800), "solve, K=256": (11100, 10300, 10400, 15700),
+    "rows of 1024": (7300, 6600, 6800, 9800), "rows of 16384": (10200, 8500, 8700, 11400),
 }  # fmt: skip
+COLUMNS = (*offline.ARCHITECTURES, *offline.NEWER)
+SPILLS = {(120, "fused step, K=256"): 8}  # outside of its loops
 
 
-@pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", [*offline.ARCHITECTURES, *(pytest.param(n, marks=pytest.mark.slow) for n in offline.NEWER)]
+)
 def test_budgets(architecture):
     built = dict(zip(BUDGETS, offline.compile_all([one for one, _, _ in BUDGETS.values()], architecture), strict=True))
     measured = {name: (one.registers, one.shared, one.spills) for name, one in built.items()}
@@ -190,10 +197,11 @@ def test_budgets(architecture):
     codes = {name: len(built[name].sass) for name in CODE}
     print(f"sm_{architecture}", measured, counts, codes, sep="\n")
     for name, (_, registers, shared) in BUDGETS.items():
-        assert measured[name][2] == 0, (name, measured)
+        assert measured[name][2] <= SPILLS.get((architecture, name), 0), (name, measured)
+        assert not any(re.search(r"\b(LDL|STL)\b", line) for body in built[name].loops() for line in body), name
         assert measured[name][0] <= registers, (name, measured)
         assert measured[name][1] <= shared, (name, measured)
-    at = offline.ARCHITECTURES.index(architecture)
+    at = COLUMNS.index(architecture)
     for name, (_, _, *most) in INSTRUCTIONS.items():
         assert counts[name] <= most[at], (name, counts)
     for name, most in CODE.items():
