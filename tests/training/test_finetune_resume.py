@@ -16,7 +16,7 @@ from tiny_task import kmq_command, write_task
 
 import kmq_kernels as kmq
 from kmq_kernels import training
-from kmq_kernels.files import CheckpointError
+from kmq_kernels.files import CheckpointError, locked
 from kmq_kernels.training import checkpoints
 
 STEPS = 20  # of 8 texts: two and a half passes over 64
@@ -191,6 +191,9 @@ def test_what_resume_refuses(place, tmp_path, monkeypatch):
             tune(place, kind, out, **more)
         assert "\n" not in str(error.value)
         assert content(out) == before
+    with locked(out / ".training/lock", AssertionError), pytest.raises(CheckpointError, match="another process is working in it"):
+        tune(place, "fixed", out, resume=True)
+    assert content(out) == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="it exists and no training was stopped in it; choose another folder or remove it"):
