@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -17,18 +18,18 @@ from kmq_kernels.checkpoint import verify_checkpoint
 from kmq_kernels.files import CheckpointError
 from kmq_kernels.sensitivity import SensitivityError, fisher_diagonal, hessian_eigenvalues
 
-THINGS = ("quantize", "run", "fisher", "hessian", "comparison")
+THINGS = ("quantize", "run", "finetune", "fisher", "hessian", "comparison")
 REFUSALS = (CheckpointError, training.PipelineError, SensitivityError)
 
 # What changes -> what each of THINGS does about it.
 MATRIX = {
-    "nothing": ("goes on",) * 5,
-    "weights": ("refused",) * 5,
-    "config.json": ("made again", "refused", "anew", "anew", "refused"),
-    "tokenizer": ("made again", "refused", "anew", "anew", "refused"),
-    "data": ("reads none", "refused", "anew", "anew", "refused"),
-    "settings": ("refused", "refused", "anew", "anew", "refused"),
-    "version": ("refused", "refused", "anew", "anew", "refused"),
+    "nothing": ("goes on",) * 6,
+    "weights": ("refused",) * 6,
+    "config.json": ("made again", "refused", "refused", "anew", "anew", "refused"),
+    "tokenizer": ("made again", "refused", "refused", "anew", "anew", "refused"),
+    "data": ("reads none", "refused", "refused", "anew", "anew", "refused"),
+    "settings": ("refused", "refused", "refused", "anew", "anew", "refused"),
+    "version": ("refused", "refused", "refused", "anew", "anew", "refused"),
 }
 # A part of the sentence or the warning.
 SAYS = {
@@ -92,6 +93,11 @@ def start_comparison(folder, **settings):
     steps = training.TrainingSettings(steps=1, batch_size=8, max_length=8, **settings)
     variants = [training.Variant("kmeans-2bit", kmq.KMQConfig(bits=2), stage3=False)]
     return training.Comparison("model", [task_of(folder)], folder / "comparison", variants, [0, 1], steps, steps, control=False)()
+
+
+def start_finetune(folder, out="tuned", **settings):
+    steps = training.TrainingSettings(**{"steps": 3, "batch_size": 8, "max_length": 8, **settings})
+    return training.finetune_folder("model", task_of(folder), steps, folder / out, resume=True)
 
 
 def batches_of(folder):
@@ -216,6 +222,37 @@ def test_runs(place, monkeypatch, thing, what, half):
     assert [json.loads(file.read_text()) for file in others] == (again if thing == "comparison" else [again])
     for results in again if thing == "comparison" else [again]:
         assert results["quantized"]["kmeans-2bit"]["stage2"]["metrics"]
+
+
+@pytest.mark.parametrize("what", [*MATRIX, "evaluation data", "version of transformers"])
+def test_finetune(place, monkeypatch, what):
+    """What is finished is refused anyhow."""
+
+    def stop(*args, **kwargs):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kmq_kernels.training.checkpoints.SAVE_SECONDS", 0)
+        patch.setattr("kmq_kernels.training.single.evaluate", stop)
+        with pytest.raises(ZeroDivisionError):
+            start_finetune(place)
+    assert (place / "tuned/.training/checkpoint-1").is_dir()
+    if what in CHANGES:
+        CHANGES[what](place)
+    if what == "evaluation data":
+        change_data(place, "dev.csv")
+    if what == "version":
+        monkeypatch.setattr("kmq_kernels.training.single.__version__", "9.9")
+    if what == "version of transformers":
+        monkeypatch.setattr("kmq_kernels.training.single.transformers", types.SimpleNamespace(__version__="9.9"))
+    settings = {"learning_rate": 1e-5} if what == "settings" else {}
+    if what != "nothing":
+        others = {"evaluation data": "rows of the validation set", "version of transformers": "transformers was '.*'.* '9.9'"}
+        assert_refused(lambda: start_finetune(place, **settings), place, {**SAYS, **others}[what])
+        return
+    assert start_finetune(place) == start_finetune(place, "fresh")
+    assert content(place / "tuned") == content(place / "fresh")
+    assert_refused(lambda: start_finetune(place), place, "no training was stopped in it")
 
 
 @pytest.mark.parametrize("kind", [fisher_diagonal, hessian_eigenvalues])

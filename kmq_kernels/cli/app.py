@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from ..files import stopped_in
 from . import bench, checkpoint, compare, show, training
 from .command import Command, Group
 from .messages import listening, note
@@ -65,8 +66,10 @@ def _exit_code() -> int:
     except Exception as error:
         return _refused(error)
     if code == INTERRUPTED:
-        goes_on = Command.current is not None and Command.current.name in GOES_ON
-        kept = "; what was finished is kept, and the same command goes on from there" if goes_on else ""
+        name = None if Command.current is None else Command.current.name
+        kept = "; what was finished is kept, and the same command goes on from there" if name in GOES_ON else ""
+        if name == "finetune" and Command.values.get("out") is not None and stopped_in(Command.values["out"]):
+            kept = "; its last checkpoint is kept, and the same command with --resume goes on from there"
         print(f"\nkmq: interrupted{kept}", file=sys.stderr)
     return int(code or 0)
 

@@ -379,15 +379,20 @@ def finetune(
     teacher: TeacherOption = None,
     seed: Seed = 0,
     out: OutOption = Path("kmq-finetuned"),
+    resume: Annotated[
+        bool, option(OUTPUT, "", "Go on with a training that was stopped in the output folder.", "--resume")
+    ] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Fine-tune MODEL on a task; a quantized model stays quantized (that is stage 3).
 
-    With --teacher it follows the model that it was made from; on the task texts, which has no labels, that is all it does.
+    With --teacher it follows the model that it was made from; on the task texts, which has no labels, that is all it does. A
+    training that was stopped goes on where its last checkpoint is, one a minute at most: give the same command with --resume.
     """
-    if out.exists():
-        raise ValueError(f"out: {out}: it exists; choose another folder or remove it")
+    from ..files import check_output
+
+    check_output(out, resume)
     _expect_folder(model)
     if teacher is not None:
         _expect_folder(teacher)
@@ -396,7 +401,6 @@ def finetune(
         label_column=label_column, problem=problem, ignore_label=ignore_label,
     )  # fmt: skip
     from .. import training
-    from ..files import publish, write_json
 
     quieten(verbose)
     settings = training.TrainingSettings(
@@ -411,9 +415,7 @@ def finetune(
     kind: Any = None if assignments is None else assignments.value
     slower = MOVING_RATE if learning_rate is None else None
     source, followed = training.resolve_model(model), None if teacher is None else training.resolve_model(teacher)
-    with publish(out) as partial:
-        metrics = training.finetune_folder(source, data, settings, partial, followed, kind, slower)
-        write_json(partial / TASK_FILE, data.source)
+    metrics = training.finetune_folder(source, data, settings, out, followed, kind, slower, resume)
     _print_metrics(metrics, as_json)
     if not as_json:
         print(f"written: {out}")

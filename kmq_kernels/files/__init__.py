@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .opening import CheckpointError, cache_of, files_below, one_line, open_regular, read_exactly
     from .publishing import publish, publish_file, sync, write_json
     from .sizes import parse_size
+    from .stopped import FINISHED, check_output, stopped_in, unfinished
     from .tensors import (
         DTYPE_NAMES,
         DTYPES,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPES",
     "DTYPE_NAMES",
+    "FINISHED",
     "INDEX",
     "MANIFEST",
     "NOT_DOWNLOADED",
@@ -43,6 +45,7 @@ __all__ = [
     "StoredTensor",
     "cache_of",
     "check_files",
+    "check_output",
     "dump_json",
     "file_record",
     "files_below",
@@ -64,9 +67,11 @@ __all__ = [
     "read_json",
     "read_manifest",
     "side_files",
+    "stopped_in",
     "stored_part",
     "stored_tensors",
     "sync",
+    "unfinished",
     "verify_files",
     "weight_files",
     "write_json",
@@ -88,5 +93,6 @@ __getattr__, __dir__ = on_first_use(
             "DTYPES", "DTYPE_NAMES", "INDEX", "OTHER_WEIGHTS", "PICKLES", "WEIGHTS", "StoredTensor", "header_bytes",
             "read_header", "stored_part", "stored_tensors", "weight_files",
         ),
+        "stopped": ("FINISHED", "check_output", "stopped_in", "unfinished"),
     },
 )  # fmt: skip

@@ -187,6 +187,14 @@ def write_card(folder: Path, text: str) -> bool:
     return True
 
 
+def base_of(folder: Path) -> str | None:
+    """The id on the hub of the model that a packed folder was made from, as its card says; None where it does not."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    base = _parted(text)[0].get("base_model") if MARK in text else None
+    return base if isinstance(base, str) else None
+
+
 def source_card(source: Any) -> str | None:
     """The README.md of a model that was given as a folder or a hub id, from the disk or the hub's cache; None without one."""
     path = Path(str(source)) / "README.md"

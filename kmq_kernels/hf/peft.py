@@ -7,6 +7,7 @@ every other layer to PEFT. The package has this module imported when PEFT's LoRA
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -18,6 +19,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_N
 from torch import nn
 
 from ..layers import CodebookConv1D, CodebookEmbedding, CodebookLinear, CodebookModule, CodebookPointwise
+from .adapter_base import another_base
 
 NO_MERGE = (
     "merge: a packed layer has no weight that an adapter could be added to; kmq_kernels.dequantize_(model) first, then merge,"
@@ -95,6 +97,8 @@ class PackedLoraModel(LoraModel):
 
     def _prepare_model(self, peft_config: LoraConfig, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
+        if sentence := another_base(model, peft_config.base_model_name_or_path, peft_config.revision):
+            warnings.warn(sentence, stacklevel=2)
         targets = peft_config.target_modules
         if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             from peft.tuners.tuners_utils import _maybe_include_all_linear_layers  # private: needed by who asks for this only

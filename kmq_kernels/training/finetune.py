@@ -16,10 +16,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import WEIGHTS_NAME
 
 from ..layers import CodebookModule
 from ..tasks import Task, Texts, class_names, tokenize
 from ..terminal import draws_bars
+from .checkpoints import Checkpoints
 from .distillation import Teacher
 from .embedders import EmbeddingTeacher
 from .models import check_fits
@@ -121,6 +123,12 @@ class _StageTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(groups, lr=self._settings.learning_rate, fused=fused)
         return self.optimizer
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """For a checkpoint: the state dict as it is, which is how Trainer loads it; save_pretrained changes names and ties."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(cast(nn.Module, self.model).state_dict(), folder / WEIGHTS_NAME)
+
 
 class _Bar(TrainerCallback):
     """A bar of the steps with the mean loss of the last few; Trainer's own callbacks print dictionaries between its bars."""
@@ -130,8 +138,8 @@ class _Bar(TrainerCallback):
         self._title, self._losses = title, losses
         self._bar: Any = None
 
-    def _start(self, total: int) -> None:
-        self._bar = tqdm(total=total, desc=self._title, leave=False, dynamic_ncols=True, disable=not draws_bars())
+    def _start(self, total: int, done: int = 0) -> None:
+        self._bar = tqdm(total=total, initial=done, desc=self._title, leave=False, dynamic_ncols=True, disable=not draws_bars())
 
     def _stop(self) -> None:
         if self._bar is not None:
@@ -139,7 +147,7 @@ class _Bar(TrainerCallback):
         self._bar = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start(state.max_steps)
+        self._start(state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._bar.disable and self._losses and len(self._losses) % LOOK_EVERY == 0:
@@ -225,10 +233,12 @@ def finetune(
     scratch: Path,
     teacher: Any = None,
     title: str = "fine-tune",
+    resumable: bool = False,
 ) -> list[float]:
     """Fine-tunes `model` in place on the task's training set and returns the loss of every step. `scratch`: a folder Trainer may
-    write to. teacher: the model in floating point that it was made from, to distill from and for moving assignments to begin at,
-    where the settings ask for it. title: of the progress bar.
+    write to; resumable: checkpoints are kept there, and the last one is where training goes on. teacher: the model in floating
+    point that it was made from, to distill from and for moving assignments to begin at, where the settings ask for it. title: of
+    the progress bar.
 
     In a quantized model the packed indices stay as they are, unless the settings let them move; codebooks and everything in
     floating point train. Classes of the task and of the model are matched by name, see `Task.for_model`. Raises PipelineError for
@@ -241,7 +251,7 @@ def finetune(
     task = _task_for(model, tokenizer, task, settings.max_length)
     train = _tokens(f"{task.name}, training set", task.train, tokenizer, settings.max_length)
     follows = Teacher(teacher) if settings.distill else None
-    return _train(model, tokenizer, settings, scratch, train, follows, teacher, title)
+    return _train(model, tokenizer, settings, scratch, train, follows, teacher, title, resumable)
 
 
 def _require_texts(task: Task | Texts) -> None:
@@ -257,13 +267,14 @@ def distil(
     scratch: Path,
     teacher: EmbeddingTeacher,
     title: str = "distil",
+    resumable: bool = False,
 ) -> list[float]:
     """Trains a quantized embedder in place to follow the one that it was made from on plain texts; returns the loss of every
     step. The arguments and what is raised: as of `finetune`."""
     _require_texts(task)
     check_fits(model, tokenizer, settings.max_length)
     train = _tokens(f"{task.name}, training set", task.train, tokenizer, settings.max_length)
-    return _train(model, tokenizer, settings, scratch, train, teacher, teacher.model, title)
+    return _train(model, tokenizer, settings, scratch, train, teacher, teacher.model, title, resumable)
 
 
 def _train(
@@ -275,13 +286,19 @@ def _train(
     follows: Teacher | None,
     source: Any,
     title: str,
+    resumable: bool,
 ) -> list[float]:
     """Trains on tokens, following a teacher where there is one; `source`: see `moving`."""
     with contextlib.ExitStack() as stack:
         if settings.assignments == "moving":
             stack.enter_context(moving(model, source))
         trainer = _trainer(model, tokenizer, settings, scratch, train, teacher=follows, title=title)
-        trainer.train()
+        last = None
+        if resumable:
+            checkpoints = Checkpoints(scratch, model, trainer.losses)
+            trainer.add_callback(checkpoints)
+            last = checkpoints.last
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
         losses = trainer.checked_losses()
         for name, parameter in model.named_parameters():
             if not bool(torch.isfinite(parameter.detach()).all()):

@@ -52,6 +52,18 @@ def _model_files(folder: Path) -> list[Path]:
     return [*weights, *(path for path in beside if not path.name.startswith("."))]
 
 
+def task_facts(task: Task | Texts) -> dict[str, Any]:
+    """What of a request says which task it is, with the checksums of its rows."""
+    labels = task.label_names
+    return {
+        "task": task.name,
+        "num_labels": task.num_labels,
+        "labels": None if labels is None else list(labels),
+        "data": data_digests(task),
+        "rows": {"train": len(task.train), **{name: len(split) for name, split in task.evaluation.items()}},
+    }
+
+
 def changed_file(folder: Path, noted: dict[str, str]) -> str | None:
     """The name of a file of a folder that is not as it was noted."""
     for name, digest in noted.items():
@@ -69,8 +81,8 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
         if theirs.get(name) == ours.get(name):
             continue
         kind, _, what = name.partition(" ")
-        if kind == "model_files":
-            return f"the model's {what} was another one"
+        if kind in ("model_files", "teacher_files"):
+            return f"the {kind.partition('_')[0]}'s {what} was another one"
         if kind == "data":
             return f"the rows of the {what} set were others"
         return f"{name} was {theirs.get(name)!r}, now it is {ours.get(name)!r}"

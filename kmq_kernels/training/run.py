@@ -42,17 +42,17 @@ from ..tasks import Task, Texts, class_names
 from .embedders import EmbeddingMetrics, EmbeddingTeacher, load_embedder, pooling_of
 from .facts import layer_facts, peak_memory, reset_peak_memory, versions
 from .finetune import calibration_batches, distil, evaluate, finetune
-from .identity import changed_file, data_digests, difference, model_digests
+from .identity import changed_file, difference, model_digests, task_facts
 from .models import check_fits, folder_bytes, load_for_task, quality_of, resolve_model, save
 from .moving import check_assignments
 from .settings import DivergedError, PipelineError, SensitivitySettings, TrainingSettings
+from .single import TASK_FILE
 
 log = logging.getLogger(__name__)
 
 
 STAGE_FILE = "stage.json"
 LAYERS_FILE = "layers.json"
-TASK_FILE = "task.json"
 LOCK = ".lock"
 
 
@@ -88,16 +88,11 @@ class Run:
 
     def request(self) -> dict[str, Any]:
         """All that decides the result; reads the model's files and the data for their checksums."""
-        labels = self.task.label_names
         return {
             "kmq_kernels": __version__,
             "model": self.model,
             "model_files": model_digests(self._source),
-            "task": self.task.name,
-            "num_labels": self.task.num_labels,
-            "labels": None if labels is None else list(labels),
-            "data": data_digests(self.task),
-            "rows": {"train": len(self.task.train), **{name: len(split) for name, split in self.task.evaluation.items()}},
+            **task_facts(self.task),
             "configs": {name: config.to_dict() for name, config in self.configs.items()},
             "stage3_of": {
                 name: None if settings is None else dataclasses.asdict(settings) for name, settings in self.stage3_of.items()

@@ -1,5 +1,8 @@
 """LoRA of PEFT on packed layers, with the real library: nothing but the import of kmq_kernels is needed."""
 
+import json
+import warnings
+
 import pytest
 import torch
 from conftest import family_config
@@ -8,6 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, GPT2Config, GPT2LMHeadModel
 
 import kmq_kernels as kmq
+from kmq_kernels.checkpoint import make_plan, quantize_checkpoint
 
 peft = pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training  # noqa: E402  # after the skip
@@ -197,6 +201,102 @@ def test_an_adapter_of_another_base(ids, tmp_path):
     kmq.quantize_(other, kmq.KMQConfig(bits=4))
     with pytest.raises(ValueError, match="No modules were targeted for adaptation"):
         PeftModel.from_pretrained(other, tmp_path / "adapter")
+
+
+def seeded(seed, **options):
+    """A classifier of the same shapes for every seed, as a model, packed where options say how."""
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(family_config("bert", num_labels=3)).eval()
+    if options:
+        kmq.quantize_(model, kmq.KMQConfig(**options))
+    return model
+
+
+def said_at_load(base, adapter):
+    """Our sentences when an adapter is loaded on a base."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(base, adapter)
+    return [str(each.message) for each in found if "was trained on" in str(each.message)]
+
+
+BITS = [
+    {"bits": 1},
+    {"bits": 2, "scheme": "linear"},
+    {"bits": 3, "granularity": "row", "outlier_fraction": 0.01},
+    {"bits": 8, "row_scale": True},
+]
+
+
+@pytest.mark.parametrize("how", BITS, ids=lambda how: f"{how['bits']}bit")
+@pytest.mark.parametrize("trained_on", ["dense", "packed"])
+def test_a_base_of_the_same_shape_is_told_by_its_weights(trained_on, how, tmp_path):
+    """Both saved by us and by the command, whether the adapter was trained on floating point or on 4 bits."""
+    for name, seed in (("one", 1), ("other", 2)):
+        seeded(seed).save_pretrained(tmp_path / f"{name}-dense")
+        seeded(seed, bits=4, granularity="group", row_scale=True).save_pretrained(tmp_path / f"{name}-packed")
+        seeded(seed, **how).save_pretrained(tmp_path / f"{name}-saved")
+        quantize_checkpoint(make_plan(tmp_path / f"{name}-dense", kmq.KMQConfig(**how)), tmp_path / f"{name}-command")
+    base = kmq.load(tmp_path / f"one-{trained_on}")
+    adapted(base).save_pretrained(tmp_path / "adapter")
+    for made in ("saved", "command"):
+        assert said_at_load(kmq.load(tmp_path / f"one-{made}"), tmp_path / "adapter") == []
+        (said,) = said_at_load(kmq.load(tmp_path / f"other-{made}"), tmp_path / "adapter")
+        assert said.startswith(f"adapter: it was trained on {tmp_path / f'one-{trained_on}'}, and the packed model")
+        assert str(tmp_path / f"other-{made}") in said
+        assert "has other weights" in said
+        assert "\n" not in said
+    # In memory, and the base alone under its own names.
+    (said,) = said_at_load(seeded(2, bits=4), tmp_path / "adapter")
+    assert "and the packed model has other weights" in said
+    assert said_at_load(seeded(1, bits=4), tmp_path / "adapter") == []
+
+
+def test_a_base_that_is_not_here_is_told_by_its_name(tmp_path):
+    """Ids on the hub: what the adapter names beside what the card of the packed model names."""
+    seeded(1).save_pretrained(tmp_path / "source")
+    plan = make_plan(tmp_path / "source", kmq.KMQConfig(bits=4), base_model="somebody/one")
+    quantize_checkpoint(plan, tmp_path / "packed")
+    adapted(kmq.load(tmp_path / "packed")).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    content = json.loads(file.read_text())
+
+    def said_of(name):
+        file.write_text(json.dumps({**content, "base_model_name_or_path": name}))
+        return said_at_load(kmq.load(tmp_path / "packed"), tmp_path / "adapter")
+
+    (said,) = said_of("somebody/other")
+    assert said.startswith("adapter: it was trained on somebody/other, and the packed model")
+    assert "was made from somebody/one" in said
+    for nothing in ("somebody/one", None, "", str(tmp_path / "packed"), str(tmp_path / "nowhere")):
+        assert said_of(nothing) == []
+
+
+def test_the_cache_of_the_hub_has_the_base(tmp_path, monkeypatch):
+    """No question goes to the hub; the revision is the adapter's."""
+    folder = tmp_path / "hub/models--somebody--one/snapshots" / ("a" * 40)
+    seeded(1).save_pretrained(folder)
+    (tmp_path / "hub/models--somebody--one/refs").mkdir()
+    (tmp_path / "hub/models--somebody--one/refs/main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    adapted(seeded(1, bits=4)).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "somebody/one"}))
+    assert said_at_load(seeded(1, bits=2), tmp_path / "adapter") == []
+    (said,) = said_at_load(seeded(2, bits=2), tmp_path / "adapter")
+    assert "trained on somebody/one" in said
+
+
+def test_a_second_adapter_of_another_base(tmp_path):
+    for seed in (1, 2):
+        seeded(seed).save_pretrained(tmp_path / f"base{seed}")
+        adapted(kmq.load(tmp_path / f"base{seed}")).save_pretrained(tmp_path / f"adapter{seed}")
+    model = PeftModel.from_pretrained(seeded(1, bits=4), tmp_path / "adapter1")
+    with pytest.warns(UserWarning, match=r"trained on .*base2.* has other weights"):
+        model.load_adapter(tmp_path / "adapter2", "second")
+    with pytest.warns(UserWarning, match=r"trained on .*base2.* has other weights"):
+        seeded(1, bits=4).load_adapter(str(tmp_path / "adapter2"))  # transformers' own
 
 
 def test_plain_models_are_left_to_peft(ids):

@@ -169,7 +169,7 @@ def test_a_packed_model_follows_its_teacher_by_itself(folder, tmp_path, monkeypa
     packed, teacher, task = str(folder / "alone/two/stage2"), str(folder / "alone/stage1"), _run(folder, "alone").task
     asked = {}
 
-    def noted(model, tokenizer, task, settings, scratch, followed):
+    def noted(model, tokenizer, task, settings, scratch, followed, resumable):
         asked.update(dataclasses.asdict(settings), followed=followed)
         return []
 
