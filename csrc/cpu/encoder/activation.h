@@ -30,7 +30,7 @@ KMQ_PLAIN Floats<W> reciprocal_of(Floats<W> x) {
   return r;
 }
 
-// x * P(Z <= x) for a normal Z, within 2e-6: P by formula 26.2.19 of Abramowitz and Stegun. The tail beyond 13 is taken as that at 13.
+// x * P(Z <= x) for a normal Z, within 1e-6: P by formula 26.2.19 of Abramowitz and Stegun. The tail beyond 13 is taken as that at 13.
 template <int W>
 KMQ_PLAIN Floats<W> gelu_of(Floats<W> x) {
   const Floats<W> magnitude = Floats<W>(Ints<W>(x) & 0x7fffffff), m = magnitude > 13.0f ? all<W>(13.0f) : magnitude;
