@@ -75,7 +75,7 @@ def card(
     """The text of README.md.
 
     base_model: id on the hub of the source. source_card: the README.md of the source; licence, languages, task and datasets in
-    its metadata are kept, and its text below. quality: what was measured. sentence_class: the class of sentence-transformers
+    its metadata are kept, and its text below. quality: what was measured; its task is then the model's. sentence_class: the class of sentence-transformers
     that the folder is saved for. name: the model's, for the model-index.
     """
     before, text = _parted(source_card or "")
@@ -126,7 +126,7 @@ def _metadata(facts: Facts, before: dict[str, Any], base: Any, quality: Quality 
         kept["datasets"] = list(dict.fromkeys([*_listed(kept.get("datasets")), quality.dataset]))
     results = None
     if quality is not None:
-        kept["metrics"] = list(quality.metrics)
+        kept |= {"pipeline_tag": quality.task_type, "metrics": list(quality.metrics)}  # what it was fine-tuned for, not its source
         results = [
             EvalResult(
                 task_type=quality.task_type,

@@ -12,7 +12,7 @@ import kmq_kernels as kmq
 from kmq_kernels.hf import Facts, Quality, card, hub_id
 
 FACTS = Facts({3: 20, 4: 2}, "kmeans", 1000, 4000, 420, "kmq run")
-SOURCE = "---\nlicense: mit\nlanguage:\n- de\ntags:\n- old\nmodel-index:\n- name: x\n---\n# My model\n\nIt is good.\n"
+SOURCE = "---\nlicense: mit\npipeline_tag: fill-mask\nlanguage:\n- de\ntags:\n- old\nmodel-index:\n- name: x\n---\n# My model\n\nIt is good.\n"
 
 
 def test_metadata_and_text():
@@ -23,6 +23,7 @@ def test_metadata_and_text():
     assert (data["library_name"], data["license"], data["language"]) == ("kmq_kernels", "mit", ["de"])
     assert data["tags"] == ["kmq", "quantized", "3-bit", "4-bit"]
     assert (data["datasets"], data["metrics"]) == (["PolyAI/banking77"], ["accuracy"])
+    assert data["pipeline_tag"] == "text-classification"
     (result,) = read.data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("Banking77", "accuracy", 0.91235)
     assert 'kmq.load("path/to/this/folder")' in read.text
@@ -36,6 +37,7 @@ def test_metadata_and_text():
     assert again.data.base_model == "someone/tiny"
     assert "Quality: not measured." in again.text
     assert again.data.eval_results is None
+    assert ModelCard(card(FACTS, source_card=SOURCE)).data.pipeline_tag == "fill-mask"
 
 
 @pytest.mark.parametrize("text", [SOURCE.replace("\n", "\r\n"), "\ufeff" + SOURCE], ids=["crlf", "bom"])
