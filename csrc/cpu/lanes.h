@@ -21,6 +21,8 @@ template <int W>
 using Floats = typename Vector<float, W>::type;
 template <int W>
 using Ints = typename Vector<int32_t, W>::type;
+template <int W>
+using Bits = typename Vector<uint32_t, W>::type;  // bits of floats, in arithmetic that wraps
 
 template <int W>
 KMQ_PLAIN Floats<W> all(float x) {

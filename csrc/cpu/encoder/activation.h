@@ -17,7 +17,7 @@ KMQ_PLAIN Floats<W> exp_of(Floats<W> x) {
   p = fused<W>(p, r, all<W>(1.6666665459e-1f));
   p = fused<W>(p, r, all<W>(5.0000001201e-1f));
   p = fused<W>(p * r, r, r) + 1.0f;
-  const Floats<W> result = Floats<W>(Ints<W>(p) + (Ints<W>(shifted) << 23));  // 2^n times: n more in the exponent
+  const Floats<W> result = Floats<W>(Bits<W>(p) + (Bits<W>(shifted) << 23));  // 2^n times: n more in the exponent
   return x >= -87.33f ? result : Floats<W>{};
 }
 
@@ -25,7 +25,7 @@ KMQ_PLAIN Floats<W> exp_of(Floats<W> x) {
 // vector takes as long as sixteen other operations.
 template <int W>
 KMQ_PLAIN Floats<W> reciprocal_of(Floats<W> x) {
-  Floats<W> r = Floats<W>(0x7ef311c7 - Ints<W>(x));
+  Floats<W> r = Floats<W>(0x7ef311c7u - Bits<W>(x));
   for (int i = 0; i < 3; ++i) r = fused<W>(r, fused<W>(-x, r, all<W>(1.0f)), r);
   return r;
 }
@@ -33,7 +33,7 @@ KMQ_PLAIN Floats<W> reciprocal_of(Floats<W> x) {
 // x * P(Z <= x) for a normal Z, within 1e-6: P by formula 26.2.19 of Abramowitz and Stegun. The tail beyond 13 is taken as that at 13.
 template <int W>
 KMQ_PLAIN Floats<W> gelu_of(Floats<W> x) {
-  const Floats<W> magnitude = Floats<W>(Ints<W>(x) & 0x7fffffff), m = magnitude > 13.0f ? all<W>(13.0f) : magnitude;
+  const Floats<W> magnitude = Floats<W>(Bits<W>(x) & 0x7fffffffu), m = magnitude > 13.0f ? all<W>(13.0f) : magnitude;
   Floats<W> p = fused<W>(all<W>(0.0000053830f), m, all<W>(0.0000488906f));
   p = fused<W>(p, m, all<W>(0.0000380036f));
   p = fused<W>(p, m, all<W>(0.0032776263f));
