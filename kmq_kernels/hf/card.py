@@ -75,8 +75,8 @@ def card(
     """The text of README.md.
 
     base_model: id on the hub of the source. source_card: the README.md of the source; licence, languages, task and datasets in
-    its metadata are kept, and its text below. quality: what was measured; its task is then the model's. sentence_class: the class of sentence-transformers
-    that the folder is saved for. name: the model's, for the model-index.
+    its metadata are kept, and its text below. quality: what was measured; its task is then the model's. sentence_class: the class of
+    sentence-transformers that the folder is saved for. name: the model's, for the model-index.
     """
     before, text = _parted(source_card or "")
     if MARK in text:  # it was made from what was made by this package
@@ -126,7 +126,7 @@ def _metadata(facts: Facts, before: dict[str, Any], base: Any, quality: Quality 
         kept["datasets"] = list(dict.fromkeys([*_listed(kept.get("datasets")), quality.dataset]))
     results = None
     if quality is not None:
-        kept |= {"pipeline_tag": quality.task_type, "metrics": list(quality.metrics)}  # what it was fine-tuned for, not its source
+        kept |= {"pipeline_tag": quality.task_type, "metrics": list(quality.metrics)}  # the task of this model, not of its source
         results = [
             EvalResult(
                 task_type=quality.task_type,

@@ -12,7 +12,10 @@ import kmq_kernels as kmq
 from kmq_kernels.hf import Facts, Quality, card, hub_id
 
 FACTS = Facts({3: 20, 4: 2}, "kmeans", 1000, 4000, 420, "kmq run")
-SOURCE = "---\nlicense: mit\npipeline_tag: fill-mask\nlanguage:\n- de\ntags:\n- old\nmodel-index:\n- name: x\n---\n# My model\n\nIt is good.\n"
+SOURCE = (
+    "---\nlicense: mit\npipeline_tag: fill-mask\nlanguage:\n- de\ntags:\n- old\nmodel-index:\n- name: x\n---\n"
+    "# My model\n\nIt is good.\n"
+)
 
 
 def test_metadata_and_text():
