@@ -75,7 +75,7 @@ def card(
     """The text of README.md.
 
     base_model: id on the hub of the source. source_card: the README.md of the source; licence, languages, task and datasets in
-    its metadata are kept, and its text below. quality: what was measured; its task is then the model's. sentence_class: the class of
+    its metadata are kept, and its text below. quality: what was measured; its task is the model's. sentence_class: the class of
     sentence-transformers that the folder is saved for. name: the model's, for the model-index.
     """
     before, text = _parted(source_card or "")
