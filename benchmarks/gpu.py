@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.gpu_steps import ROOT, Result, Step, faults, run
 
 SECONDS = 480
+DRY = 20  # the limits of a dry run, in those of a device
 HEADLINES = {"linear": 75, "clustering": 60, "passes": 30, "fp8": 60, "gradients": 40, "encoder": 40}  # and seconds at most
 
 
@@ -114,7 +115,10 @@ def device_steps(python: str, architecture: int) -> list[Step]:
 
 
 def dry_steps(python: str) -> list[Step]:
-    """The same names in the same order: what needs a device or changes the tree has a stand-in, the rest runs on tiny sizes."""
+    """The same names in the same order: what needs a device or changes the tree has a stand-in, the rest runs on tiny sizes.
+
+    The limits are much longer, and only end what hangs: on a busy machine a process may get no processor for minutes.
+    """
     say = "from kmq_kernels import build_info; print(build_info()['extension'])"
     standing: dict[str, list[str]] = {
         "cache": [python, "-m", "benchmarks.gpu_cache", "--arch", "90", "--record"],
@@ -133,10 +137,11 @@ def dry_steps(python: str) -> list[Step]:
             command = [python, "-m", "benchmarks.gpu_headline", peers[step.name], "--dry-run"]
         else:
             command = [*step.command, "--dry-run"]
-        environment = {} if step.name == "cache" else {"TRITON_INTERPRET": "1"}
+        # The cache compiles; also where whoever asks for a dry run has set the interpreter.
+        environment = {"TRITON_INTERPRET": "0" if step.name == "cache" else "1"}
         if step.name in listed:
             environment["KMQ_LIST_AS_ON_CUDA"] = "1"
-        steps.append(replace(step, command=command, limit=step.limit * 4, environment=environment))
+        steps.append(replace(step, command=command, limit=step.limit * DRY, environment=environment))
     return steps
 
 
@@ -171,7 +176,7 @@ def main() -> int:
             "gpu": torch.cuda.get_device_name(), "capability": [major, minor], "memory": properties.total_memory,
             "multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size,
         }  # fmt: skip
-        environment |= {"KMQ_CUDA": "1", "TRITON_CACHE_DIR": str(folder_for(10 * major + minor))}
+        environment |= {"KMQ_CUDA": "1", "TRITON_CACHE_DIR": str(folder_for(10 * major + minor)), "TRITON_INTERPRET": "0"}
         environment.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
         steps, name = device_steps(sys.executable, 10 * major + minor), torch.cuda.get_device_name()
     file = re.sub(r"\W+", "-", name).strip("-").lower()
