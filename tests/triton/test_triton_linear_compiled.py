@@ -63,10 +63,16 @@ def count(body, pattern):
 
 
 def check_spills(architecture, kernel, compiled):
-    """None; on sm_100 the compiler keeps 8 warps to 128 registers, and puts an address or two aside before the loop."""
-    wide = architecture == 100 and kernel.num_warps == 8 and 5 <= kernel.constexprs["BITS"] <= 7
-    assert compiled.spills <= (8 if wide else 0), kernel
-    assert not compiled.spills or not count(compiled.product_loop(), r"\b(LDL|STL)\b"), kernel
+    """None, but where the compiler keeps to 128 registers and puts an address or two aside, outside of the loops.
+
+    On sm_100 it does so in kernels of 8 warps, on sm_120 in those of the narrowest tile with a loop for the tail.
+    """
+    bits = kernel.constexprs["BITS"]
+    wide = architecture == 100 and kernel.num_warps == 8 and 5 <= bits <= 7
+    tail = architecture == 120 and kernel.constexprs.get("TAIL") and kernel.constexprs["INPUT_ROWS"] == 16 and bits in (3, 5, 6)
+    assert compiled.spills <= (8 if wide or tail else 0), kernel
+    loops = compiled.loops() if architecture == 120 else [compiled.product_loop()]
+    assert not compiled.spills or not any(count(body, r"\b(LDL|STL)\b") for body in loops), kernel
 
 
 def check_tensor_cores(architecture, body):
