@@ -163,7 +163,7 @@ def test_a_bar_shows_the_mean_loss_of_the_last_steps(monkeypatch, capsys):
     monkeypatch.setattr(module, "draws_bars", lambda: True)
     losses = []
     bar = module._Bar("stage", losses)
-    bar.on_train_begin(None, types.SimpleNamespace(max_steps=2 * module.LOOK_EVERY), None)
+    bar.on_train_begin(None, types.SimpleNamespace(max_steps=2 * module.LOOK_EVERY, global_step=0), None)
     for step in range(2 * module.LOOK_EVERY):
         losses.append(torch.tensor(float(step >= module.LOOK_EVERY) + 0.25))
         bar.on_step_end(None, None, None)
