@@ -17,7 +17,7 @@ def steady_keys() -> None:
     update = DependenciesFinder._update_hash
 
     def called_first(self: Any, func: Any) -> None:
-        func.cache_key  # noqa: B018  # kept by the function
+        func.cache_key  # noqa: B018  # a property: reading it makes the key, and `func` keeps it
         update(self, func)
 
     DependenciesFinder._update_hash = called_first

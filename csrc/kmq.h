@@ -27,7 +27,8 @@ using Parallel = std::function<void(int64_t n, int64_t grain, const std::functio
 namespace cpu {
 
 // The instruction set that the kernels use on this machine: "amx" (of which only the integer linear layer knows, all else is "avx512"),
-// "avx512", "avxvnni" (likewise, all else is "avx2"), "avx2" or "scalar". KMQ_CPU_PATH in the environment lowers it, and is read once; throws std::runtime_error where it names what is not there.
+// "avx512", "avxvnni" (likewise, all else is "avx2"), "avx2" or "scalar". KMQ_CPU_PATH in the environment lowers it, and is
+// read once; throws std::runtime_error where it names what is not there.
 const char* path();
 
 // Whether AVX2, FMA and F16C may be used; also true on the paths above.

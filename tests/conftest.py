@@ -48,6 +48,21 @@ def run_python():
 
 
 @pytest.fixture(scope="session")
+def cpu_paths():
+    """What KMQ_CPU_PATH may name on this processor, "scalar" first."""
+    code = "import kmq_kernels as k; print(k.build_info()['extension']['cpu_path'])"
+    found = []
+    for path in ("scalar", "avx2", "avxvnni", "avx512", "amx"):
+        env = {**os.environ, "KMQ_CPU_PATH": path}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+        if "this processor does not have it" in done.stderr:
+            continue
+        assert done.stdout.strip() == path, done.stderr
+        found.append(path)
+    return found
+
+
+@pytest.fixture(scope="session")
 def device():
     """Where the launchers of Triton kernels take their tensors from: "cuda", or "cpu" under the interpreter."""
     return DEVICE

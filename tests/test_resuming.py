@@ -196,6 +196,17 @@ def test_quantize(place, monkeypatch, what, half):
     assert found["source_tensors"] > 30
 
 
+def change(what, place, monkeypatch, module):
+    """Makes `what` another one for the next call of a module of the training wing; returns settings for that call."""
+    if what in CHANGES:
+        CHANGES[what](place)
+    if what == "evaluation data":
+        change_data(place, "dev.csv")
+    if what == "version":
+        monkeypatch.setattr(f"kmq_kernels.training.{module}.__version__", "9.9")
+    return {"learning_rate": 1e-5} if what == "settings" else {}
+
+
 @pytest.mark.parametrize("thing", ["run", "comparison"])
 @pytest.mark.parametrize("half", [False, True], ids=["finished", "half done"])
 @pytest.mark.parametrize("what", [*MATRIX, "evaluation data"])
@@ -203,13 +214,7 @@ def test_runs(place, monkeypatch, thing, what, half):
     if half:
         begin_half(thing, place)
     start = {"run": start_run, "comparison": start_comparison}[thing]
-    if what in CHANGES:
-        CHANGES[what](place)
-    if what == "evaluation data":
-        change_data(place, "dev.csv")
-    if what == "version":
-        monkeypatch.setattr("kmq_kernels.training.run.__version__", "9.9")
-    settings = {"learning_rate": 1e-5} if what == "settings" else {}
+    settings = change(what, place, monkeypatch, "run")
     if what != "nothing":
         assert_refused(lambda: start(place, **settings), place, SAYS.get(what, "rows of the validation set"))
         return
@@ -237,15 +242,9 @@ def test_finetune(place, monkeypatch, what):
         with pytest.raises(ZeroDivisionError):
             start_finetune(place)
     assert (place / "tuned/.training/checkpoint-1").is_dir()
-    if what in CHANGES:
-        CHANGES[what](place)
-    if what == "evaluation data":
-        change_data(place, "dev.csv")
-    if what == "version":
-        monkeypatch.setattr("kmq_kernels.training.single.__version__", "9.9")
+    settings = change(what, place, monkeypatch, "single")
     if what == "version of transformers":
         monkeypatch.setattr("kmq_kernels.training.single.transformers", types.SimpleNamespace(__version__="9.9"))
-    settings = {"learning_rate": 1e-5} if what == "settings" else {}
     if what != "nothing":
         others = {"evaluation data": "rows of the validation set", "version of transformers": "transformers was '.*'.* '9.9'"}
         assert_refused(lambda: start_finetune(place, **settings), place, {**SAYS, **others}[what])

@@ -122,17 +122,6 @@ def test_a_folder_of_the_command(dense, tmp_path):
     assert "sentence-transformers" in card.data.tags
 
 
-@pytest.mark.slow
-def test_processes(dense, tmp_path):
-    model = SentenceTransformer(str(dense), device="cpu", model_kwargs={"quantization_config": CONFIG})
-    pool = model.start_multi_process_pool(["cpu", "cpu"])
-    try:
-        found = model.encode(TEXTS, pool=pool)
-    finally:
-        model.stop_multi_process_pool(pool)
-    assert np.allclose(found, model.encode(TEXTS), atol=1e-6)
-
-
 def test_without_the_import_it_says_what_to_import(dense, tmp_path, run_python):
     model = SentenceTransformer(str(dense), device="cpu", model_kwargs={"quantization_config": CONFIG})
     model.save_pretrained(str(tmp_path / "saved"))

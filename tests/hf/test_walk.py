@@ -144,5 +144,5 @@ def test_every_family_with_a_head(head, tmp_path, run_python):
     mapping = getattr(transformers, head)._model_mapping
     known = {config.model_type for config in mapping}
     work = [(kind, head) for kind in kinds() if kind in known and build(kind, head) is not None]
-    assert len(work) > 40
+    assert len(work) > 0.9 * len(known)
     assert unexpected(walk(work, tmp_path, run_python)) == {}

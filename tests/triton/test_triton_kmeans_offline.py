@@ -1,4 +1,4 @@
-"""The clustering kernels compiled for sm_80, 90, 100 and 120: no spills, and budgets that a Triton upgrade must not break.
+"""The clustering kernels compiled for sm_80, 90, 100 and 120: no spills in loops, and budgets that an upgrade must keep.
 
 An H100 runs 29.6e12 lane-instructions a second and reads 0.75e12 fp32 values a second: a pass over fp32 values stays bound by
 memory up to 39 lane-instructions a value. The counts below are of all that a thread runs for a whole aligned tile, divided by
@@ -184,7 +184,7 @@ CODE = {
     "rows of 1024": (7300, 6600, 6800, 9800), "rows of 16384": (10200, 8500, 8700, 11400),
 }  # fmt: skip
 COLUMNS = (*offline.ARCHITECTURES, *offline.NEWER)
-SPILLS = {(120, "fused step, K=256"): 8}  # outside of its loops
+SPILLS = {(120, "fused step, K=256"): 8}  # there should be none; these are outside of its loops
 
 
 @pytest.mark.parametrize(

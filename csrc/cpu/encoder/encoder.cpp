@@ -119,7 +119,7 @@ class Share {
       middle = std::max(middle, layer.up.packed.rows);
     }
     const int64_t states = std::max(encoder.hidden, widest);
-    memory_ = scratch(count_ * (4 * states + std::max(middle, 3 * encoder.hidden) + 4) + ceil_div(count_ * bytes, 4) + 64);
+    memory_ = scratch(count_ * (4 * states + std::max(middle, 3 * encoder.hidden) + kInt8RowFloats) + ceil_div(count_ * bytes, 4) + 64);
     states_ = memory_.get();
     other_ = states_ + count_ * states;
     context_ = other_ + count_ * states;

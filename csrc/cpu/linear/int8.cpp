@@ -384,7 +384,7 @@ namespace {
 
 template <typename T>
 void linear(const T* input, int64_t M, const LinearWeight& weight, Activation activation, T* output, const Parallel& parallel) {
-  const int64_t cols = weight.packed.cols, rows = round_up(M, 4) * int64_t(sizeof(Int8Row) / sizeof(float));
+  const int64_t cols = weight.packed.cols, rows = round_up(M * kInt8RowFloats, 16);
   const Scratch owned = scratch(ceil_div(M * int8_stride(cols), 4) + rows);
   const Int8Input quantized{reinterpret_cast<uint8_t*>(owned.get() + rows), reinterpret_cast<Int8Row*>(owned.get()), M, cols};
   parallel(M, ceil_div(kGrainWork, 16 * (cols + 1)), [&](int64_t begin, int64_t end) { int8_quantize(input, cols, begin, end, quantized); });

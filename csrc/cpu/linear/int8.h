@@ -13,8 +13,9 @@
 //
 // What is multiplied differs by path:
 //
-//     VNNI            q less the least of the window, 8 bits unsigned, 64 products in one instruction. What is outside goes into a list.
-//     AVX2, scalar    q in 16 bits, vpmaddwd: 16 products in 2 instructions, and nothing is outside.
+//     AMX, VNNI                 q less the least of the window, 8 bits unsigned, 16,384 or 64 products in one instruction. What is outside
+//                               goes into a list.
+//     AVX-VNNI, AVX2, scalar    q in 16 bits, 16 products in one instruction (vpdpwssd) or two (vpmaddwd, vpaddd). Nothing is outside.
 #pragma once
 #include <vector>
 
@@ -46,6 +47,7 @@ struct Int8Row {
   int32_t least;         // q of the byte 0
   int32_t above, below;  // entries of the list that are added, then entries that are taken away
 };
+constexpr int64_t kInt8RowFloats = sizeof(Int8Row) / sizeof(float);
 
 // Bytes from one quantized row to the next, its list behind its numbers. A row lists its additions by 255, but counts them by 256, so at
 // most twice as many as it may cost. An odd number of cache lines, so that the rows of a tile fall in different sets.
