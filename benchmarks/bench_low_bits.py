@@ -3,12 +3,14 @@
 Runs `kmq run` for every task and seed, as far as it is not finished in OUT, and prints the tables in Markdown: accuracy (for CoLA
 Matthews' correlation) of Banking77, SST-2 and CoLA beside the fp32 control of as many steps; mean and worst cosine, and
 Spearman of all similarities, of MiniLM's embeddings on 300 sentences (150 of SST-2's dev set, 150 of Banking77's test set) after
-stage 3 on 10,000 others without labels. `--ablation` is one seed at 2 bits, fixed and moving, plain and distilled. `--fields`
-goes into every k-means configuration.
+stage 3 on 10,000 others without labels. `--fields` goes into every k-means configuration. `--list` chooses the configurations:
 
-    python benchmarks/bench_low_bits.py --data DATA -o OUT                                   # the full table: 3 seeds, hours
-    python benchmarks/bench_low_bits.py --data DATA -o OUT --tasks banking77 --ablation      # an ablation on one seed
-    python benchmarks/bench_low_bits.py --data DATA -o OUT --fields '{"objective": "output"}'
+    chosen      moving and distilled: 2 bits per tensor and a row, 3 bits per tensor, and 1 bit a row on Banking77
+    ablation    2 bits, one seed: fixed and moving, plain and distilled, codebooks from the weights and from outputs
+    full        1 to 3 bits, fixed and moving, and linear beside k-means, which takes hours
+
+    python benchmarks/bench_low_bits.py --data DATA -o OUT
+    python benchmarks/bench_low_bits.py --data DATA -o OUT --tasks banking77 --list ablation
 """
 
 from __future__ import annotations
@@ -35,22 +37,29 @@ HELD_OUT, CORPUS = 150, 5000  # sentences of each of the two sources
 def variant(bits: int, granularity: str, assignments: str, distill: bool, **fields: Any) -> dict[str, Any]:
     """An entry of a list for `kmq run --compare`."""
     scheme = fields.get("scheme", "kmeans")
-    name = f"{scheme}-{granularity}-{assignments}-{'distilled' if distill else 'plain'}-{bits}bit"
+    start = "-outputs" if fields.get("objective") == "output" else ""
+    name = f"{scheme}{start}-{granularity}-{assignments}-{'distilled' if distill else 'plain'}-{bits}bit"
     chosen = {"bits": bits, "granularity": granularity, "assignments": assignments, "distill": distill}
     return {"name": name, **chosen, **fields}
 
 
-def ablation(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """2 bits, everything with everything."""
+def chosen(fields: dict[str, Any], task: str) -> list[dict[str, Any]]:
+    """What low bits are for: moving and distilled."""
+    pairs = [(2, "tensor"), (2, "row"), (3, "tensor"), *([(1, "row")] if task == "banking77" else [])]
+    return [variant(bits, granularity, "moving", True, **fields) for bits, granularity in pairs]
+
+
+def ablation(fields: dict[str, Any], task: str) -> list[dict[str, Any]]:
+    """2 bits per tensor, everything with everything."""
     return [
-        variant(2, granularity, assignments, distill, **fields)
-        for granularity in ("tensor", "row")
+        variant(2, "tensor", assignments, distill, **{**fields, "objective": objective})
+        for objective in ("weights", "output")
         for assignments in ("moving", "fixed")
         for distill in (True, False)
     ]
 
 
-def full(fields: dict[str, Any]) -> list[dict[str, Any]]:
+def full(fields: dict[str, Any], task: str) -> list[dict[str, Any]]:
     """1 to 3 bits: moving and distilled, fixed and plain (the method as it was), and linear beside k-means, same steps."""
     found = []
     for bits in (1, 2, 3):
@@ -60,6 +69,9 @@ def full(fields: dict[str, Any]) -> list[dict[str, Any]]:
         found.append(variant(bits, "tensor", "moving", True, scheme="linear"))
         found.append(variant(bits, "tensor", "fixed", False, scheme="linear"))
     return found
+
+
+LISTS = {"chosen": chosen, "ablation": ablation, "full": full}
 
 
 def sentences(data: Path, folder: Path) -> tuple[Path, Path]:
@@ -96,13 +108,11 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=[*STAGE1, "texts"], default=[*STAGE1, "texts"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="of stage 3 and of the control")
-    parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--list", choices=LISTS, default="chosen", dest="configurations")
     parser.add_argument("--fields", type=json.loads, default={}, help="further fields of KMQConfig, as JSON")
     args = parser.parse_args()
-    seeds = "1" if args.ablation else str(args.seeds)
+    seeds = "1" if args.configurations == "ablation" else str(args.seeds)
     args.out.mkdir(parents=True, exist_ok=True)
-    listed = args.out / "configurations.json"
-    listed.write_text(json.dumps(ablation(args.fields) if args.ablation else full(args.fields), indent=1))
     stage3 = ["--second-steps", str(args.steps), "--seeds", seeds, "--max-length", "48"]
     for task in args.tasks:
         if task == "texts":
@@ -112,6 +122,8 @@ def main() -> None:
             own = ["--train-file", str(train), "--validation-file", str(held), "--compare", str(args.out / "embedders.json")]
             kmq_run("--task", "texts", *own, *stage3, "-o", str(args.out / "texts"))
         else:
+            listed = args.out / f"{args.configurations}_{task}.json"
+            listed.write_text(json.dumps(LISTS[args.configurations](args.fields, task), indent=1))
             where = [] if task == "banking77" else ["--data-dir", str(args.data)]
             kmq_run("--task", task, *where, *STAGE1[task], *stage3, "--compare", str(listed), "-o", str(args.out / "labelled"))
     for folder in (args.out / "labelled", args.out / "texts"):

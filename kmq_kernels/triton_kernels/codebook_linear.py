@@ -29,13 +29,15 @@ HALF = tl.constexpr(64)  # columns of half a block: what one tl.dot takes
 
 class Tile(NamedTuple):
     """Tile (rows of the weight, rows of the input), and how a kernel with it is compiled. splits: thread blocks wanted for each
-    multiprocessor, by cutting the reduction."""
+    multiprocessor, by cutting the reduction. registers: most of a thread. None leaves that to the compiler, which on Blackwell
+    spills for the sake of thread blocks that shared memory, or the size of the grid, does not let run side by side."""
 
     weight_rows: int
     input_rows: int
     num_warps: int
     num_stages: int
     splits: int
+    registers: int | None = None
 
 
 # Compute capability (the newest that is not newer than the device) -> largest M of a tile. M above the last is for cuBLAS. From
@@ -52,8 +54,13 @@ PLANS: dict[tuple[int, int], dict[int, Tile]] = {
     (8, 0): {16: Tile(64, 16, 4, 3, 2), 32: Tile(64, 32, 4, 4, 2), 64: Tile(64, 64, 4, 3, 1), 256: Tile(128, 128, 8, 3, 1)},
     (8, 6): _LITTLE_SHARED,
     (9, 0): {16: Tile(64, 16, 4, 5, 2), 32: Tile(64, 32, 4, 4, 2), 64: Tile(64, 64, 4, 4, 1), 512: Tile(128, 128, 8, 3, 1)},
-    (10, 0): {16: Tile(64, 16, 4, 6, 3), 32: Tile(64, 32, 4, 5, 3), 64: Tile(64, 64, 4, 4, 2), 256: Tile(128, 128, 8, 3, 1)},
-    (12, 0): {16: Tile(64, 16, 4, 4, 2), 32: Tile(64, 32, 4, 3, 2), 64: Tile(64, 64, 4, 3, 1), 512: Tile(128, 128, 8, 2, 1)},
+    (10, 0): {
+        16: Tile(64, 16, 4, 6, 3, 255),
+        32: Tile(64, 32, 4, 5, 3, 255),
+        64: Tile(64, 64, 4, 4, 2, 255),
+        256: Tile(128, 128, 8, 3, 1, 255),
+    },
+    (12, 0): {16: Tile(64, 16, 4, 4, 2, 255), 32: Tile(64, 32, 4, 3, 2), 64: Tile(64, 64, 4, 3, 1), 512: Tile(128, 128, 8, 2, 1)},
 }
 # fp32 without TF32 runs on the ordinary ALUs, where a decoded weight must be reused little to be worth it.
 PLAN_FP32 = {16: Tile(64, 16, 4, 3, 2)}
@@ -237,7 +244,7 @@ def fused_linear(
         x, packed, codebook, bias, to, M, OUT, IN, x.shape[1], blocks_per_piece, group_rows,
         BITS=bits, SHARED=codebook.shape[0] == 1, HAS_BIAS=bias is not None, PARTIAL=pieces > 1, TAIL=IN % BLOCK != 0,
         WEIGHT_ROWS=tile.weight_rows, INPUT_ROWS=tile.input_rows, DTYPE=dtype, PRECISION="tf32" if _tf32() else "ieee",
-        LOOKUP=lookup, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        LOOKUP=lookup, num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
     )  # fmt: skip
     if pieces > 1:
         sum_pieces(to, bias, out)

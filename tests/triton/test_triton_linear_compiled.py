@@ -33,7 +33,8 @@ def linear(tile, bits, dtype="fp16", shared=True, lookup=True, tail=False, parti
         "INPUT_ROWS": tile.input_rows, "DTYPE": DTYPES[dtype], "PRECISION": "ieee", "LOOKUP": lookup,
     }  # fmt: skip
     aligned = ("input", "packed", "codebook", "bias", "out", "OUT", "stride") + (() if tail else ("IN",))
-    return offline.Kernel(f"{MODULE}:linear_kernel", {**signature, **sizes}, constexprs, aligned, tile.num_warps, tile.num_stages)
+    name = f"{MODULE}:linear_kernel"
+    return offline.Kernel(name, {**signature, **sizes}, constexprs, aligned, tile.num_warps, tile.num_stages, tile.registers)
 
 
 def input_grad(tile, bits, dtype, shared):
@@ -60,20 +61,6 @@ def loop_of(compiled, tile):
 
 def count(body, pattern):
     return sum(bool(re.search(pattern, line)) for line in body)
-
-
-def check_spills(architecture, kernel, compiled):
-    """There should be none. Where the compiler keeps to 128 registers newer chips miss that; what they have may not grow.
-
-    On sm_100 these are kernels of 8 warps, outside of the loop around the products; on sm_120 those of the narrowest tile with a
-    loop for the tail, outside of all loops.
-    """
-    bits = kernel.constexprs["BITS"]
-    wide = architecture == 100 and kernel.num_warps == 8 and 5 <= bits <= 7
-    tail = architecture == 120 and kernel.constexprs.get("TAIL") and kernel.constexprs["INPUT_ROWS"] == 16 and bits in (3, 5, 6)
-    assert compiled.spills <= (8 if wide or tail else 0), kernel
-    loops = compiled.loops() if architecture == 120 else [compiled.product_loop()]
-    assert not compiled.spills or not any(count(body, r"\b(LDL|STL)\b") for body in loops), kernel
 
 
 def check_tensor_cores(architecture, body):
@@ -132,7 +119,7 @@ def test_no_plan_spills(architecture):
     kernels += [linear(tile, 7, lookup=False, tail=True) for tile in tiles]
     for kernel, tile, compiled in zip(kernels, tiles * 2, offline.compile_all(kernels, architecture), strict=True):
         body, _ = loop_of(compiled, tile)
-        check_spills(architecture, kernel, compiled)
+        assert compiled.spills == 0, kernel
         assert compiled.registers <= 255, kernel
         assert compiled.shared <= offline.SHARED[architecture], kernel
         assert not count(body, r"\bI2F"), kernel
@@ -150,7 +137,7 @@ def test_every_width_compiles(architecture, bits):
     kernels += [linear(PLAN_FP32[16], bits, "fp32", shared, lookup=False) for shared in (True, False)]
     kernels += [input_grad(PLAN_INPUT_GRAD[64], bits, "fp16", shared) for shared in (True, False)]
     for kernel, compiled in zip(kernels, offline.compile_all(kernels, architecture), strict=True):
-        check_spills(architecture, kernel, compiled)
+        assert compiled.spills == 0, kernel
         assert compiled.registers <= 255, kernel
         assert compiled.shared <= offline.SHARED[architecture], kernel
 
