@@ -83,8 +83,9 @@ constexpr int kInt8Limit = 127;       // of the magnitudes in a table
 constexpr int64_t kInt8Cols = 32768;  // more columns could overflow a sum
 
 // A codebook [G, K] in integers: codebook ~ scale [G] * table [G, K], the scale being, of some tried, the one with the least squared
-// error over the weights themselves, their mean weighted more; entries of a few weights (one, or a 4096th at most) twice as large as all others are 0 in the table, and are left to the
-// outliers; and row_sum [rows], the sum of each row's entries of the table. A codebook that is not finite has the scale NaN.
+// error over the weights themselves, their mean weighted more; where entries of a few weights (one, or a 4096th at most) are twice as large
+// as all others, those more than 1.4 times as large are 0 in the table, and are left to the outliers; and row_sum [rows], the sum of each
+// row's entries of the table. A codebook that is not finite has the scale NaN.
 void int8_codebook(const Packed& packed, const float* codebook, int64_t group_rows, int8_t* table, float* scale, int32_t* row_sum,
                    const Parallel& parallel);
 

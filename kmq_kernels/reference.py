@@ -70,8 +70,8 @@ def int8_codebook(packed: Tensor, codebook: Tensor, cols: int, group_rows: int) 
     """table (G, K) int8 and scale (G,) fp32 with codebook ~ scale * table, and row_sum (rows,) int32 of the integers.
 
     Of some scales tried, the one with the least sum over the weights of squared errors, and a tenth of the square of a row's
-    sum of them, which inputs see whose mean is not zero. Entries of at most a 4096th
-    of a codebook's weights, or of one, that are at least twice as large as all others get 0: they are left to the outliers.
+    sum of them, which inputs see whose mean is not zero. Where entries of at most a 4096th of a codebook's weights, or of one,
+    are at least twice as large as all others, those more than 1.4 times as large get 0: they are left to the outliers.
     """
     bits = codebook.shape[1].bit_length() - 1
     index = unpack(packed, bits, cols).long()
@@ -86,8 +86,9 @@ def int8_codebook(packed: Tensor, codebook: Tensor, cols: int, group_rows: int) 
     most = used.amax(1, keepdim=True)  # [G, 1]
     beyond = ((used[:, None, :] >= used[:, :, None]) * members[:, None, :]).sum(2)  # weights that are as large or larger
     rest = torch.where(beyond <= (members.sum(1, keepdim=True) / 4096).clamp_min(1), 0.0, used).amax(1, keepdim=True)
-    left_out = (rest > 0) & (2 * rest <= most) & (c.abs() > rest)
-    most = torch.where(left_out.any(1, keepdim=True), rest, most)
+    leave = (rest > 0) & (2 * rest <= most)
+    most = torch.where(leave & (used > 1.4 * rest), 0.0, used).amax(1, keepdim=True)
+    left_out = leave & (c.abs() > most)
     members = torch.where(left_out, 0.0, members)
     table, best = torch.zeros_like(c), torch.full_like(most, torch.inf)
     rows = book.bincount(minlength=len(codebook))[:, None]  # of each codebook

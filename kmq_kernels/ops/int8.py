@@ -100,9 +100,9 @@ def int8_codebook(packed: Tensor, codebook: Tensor, cols: int, *, group_rows: in
     packed: (OUT, row_bytes) uint8 of `cols` columns; codebook: (G, K) floating point; group_rows: rows that share a codebook,
     default ceil(OUT / G). Returns table (G, K) int8, of magnitudes up to 127; scale (G,) fp32, of those tried the one with the
     least sum over the weights of squared errors and a tenth of the square of a row's sum of them; and row_sum (OUT,) int32, the
-    sum of each row of integers. Entries that serve at most a 4096th of a codebook's weights, or one, and are at least twice as
-    large as all others are 0 in the table: such weights are to be given to `int8_linear` as outliers. A codebook that is not
-    finite gets the scale NaN.
+    sum of each row of integers. Where entries that serve at most a 4096th of a codebook's weights, or one, are at least twice
+    as large as all others, those more than 1.4 times as large are 0 in the table: such weights are to be given to `int8_linear`
+    as outliers. A codebook that is not finite gets the scale NaN.
     Raises TypeError or ValueError where these do not fit, or for more than 32768 columns.
     """
     group_rows = even_group_rows(packed, codebook.shape[0], group_rows)

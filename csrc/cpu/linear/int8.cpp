@@ -317,10 +317,21 @@ struct Tiles : Bytes {
 };
 #endif
 
-// Rows begin .. end of the input with one panel.
+// Bytes that are needed soon.
+struct Ahead {
+  const uint8_t* data = nullptr;
+  int64_t bytes = 0;
+
+  // Asks the cache for part `i` of `parts`.
+  void fetch(int64_t i, int64_t parts) const {
+    for (int64_t at = bytes * i / parts, end = bytes * (i + 1) / parts; at < end; at += 64) __builtin_prefetch(data + at, 0, 2);
+  }
+};
+
+// Rows begin .. end of the input with one panel; meanwhile what the next one is made of comes into the cache.
 template <typename Path, typename V, typename T>
 void multiply_panel(const Int8Input& input, const V* values, const Int8Product<T>& product, int64_t row, int64_t begin, int64_t end,
-                    const typename Path::Entry* panel, typename Path::State& state) {
+                    const typename Path::Entry* panel, const Ahead& ahead, typename Path::State& state) {
   constexpr int W = Path::kRows;
   if (begin >= end) return;
   const LinearWeight& weight = *product.weight;
@@ -336,6 +347,7 @@ void multiply_panel(const Int8Input& input, const V* values, const Int8Product<T
   const int64_t tiles = ceil_div(end - begin, int64_t(Path::kTile)), most = ceil_div(end - begin, tiles);  // nearly equal ones
   for (int64_t m = begin, here; m < end; m += here) {
     here = std::min(most, end - m);
+    ahead.fetch((m - begin) / most, tiles);
     Path::tile(state, input, m, here, panel, sums[0]);
     if (weight.outliers) int8_outliers<W>(weight, row, rows, values + m * input.cols, here, added);
     Path::finish(product.activation, input, m, here, rows, panel, of, weight.outliers ? added[0] : nullptr, sums[0],
@@ -361,7 +373,14 @@ void multiply(const Int8Input& input, const V* values, const std::vector<Int8Pro
       const LinearWeight& weight = *products[p].weight;
       if (part == 0 || decoded != task - 1) Path::decode(weight, row, std::min<int64_t>(Path::kRows, weight.packed.rows - row), panel);
       decoded = task;
-      multiply_panel<Path>(input, values, products[p], row, part * per_part, std::min(input.rows, (part + 1) * per_part), panel, state);
+      Ahead ahead;
+      if (part + 1 == parts && task + 1 < end) {
+        const bool same = task + 1 < first[p + 1];
+        const Packed& next = products[same ? p : p + 1].weight->packed;
+        const int64_t from = same ? row + Path::kRows : 0;
+        ahead = {next.data + from * next.row_bytes(), std::min<int64_t>(Path::kRows, next.rows - from) * next.row_bytes()};
+      }
+      multiply_panel<Path>(input, values, products[p], row, part * per_part, std::min(input.rows, (part + 1) * per_part), panel, ahead, state);
     }
   });
 }

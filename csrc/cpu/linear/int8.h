@@ -82,16 +82,36 @@ template <typename V, typename T>
 void int8_multiply(const Int8Input& input, const V* values, const std::vector<Int8Product<T>>& products, const Parallel& parallel);
 
 // The outliers of the weight rows `row` .. `row + rows` (rows <= width), times `count` rows of the input, in the order of their
-// positions: added [count][width].
+// positions: added [count][width]. Four rows of the input at a time: additions of one would wait for one another.
 template <int width, typename V>
 void int8_outliers(const LinearWeight& weight, int64_t row, int64_t rows, const V* values, int64_t count, float (*added)[width]) {
   const int64_t cols = weight.packed.cols;
-  const int32_t *begin = weight.outlier_index, *end = begin + weight.outliers;
-  const int32_t* at = std::lower_bound(begin, end, row * cols, [](int32_t a, int64_t b) { return a < b; });
+  const int32_t* const all = weight.outlier_index;
+  const auto below = [](int32_t a, int64_t b) { return a < b; };
+  const int32_t* const begin = std::lower_bound(all, all + weight.outliers, row * cols, below);
+  const int32_t* const end = std::lower_bound(begin, all + weight.outliers, (row + rows) * cols, below);
   std::fill(added[0], added[0] + count * width, 0.0f);
-  for (; at != end && *at < (row + rows) * cols; ++at) {
-    const int64_t r = *at / cols - row, c = *at % cols;
-    for (int64_t i = 0; i < count; ++i) added[i][r] += static_cast<float>(values[i * cols + c]) * weight.outlier_delta[at - begin];
+  if (begin == end) return;
+  for (int64_t i = 0; i < count; i += 4) {
+    const V* input[4];
+    float* to[4];
+    for (int64_t n = 0; n < 4; ++n) input[n] = values + std::min(i + n, count - 1) * cols, to[n] = added[std::min(i + n, count - 1)];
+    int64_t r = 0, start = row * cols;
+    float sum[4] = {};
+    const auto store = [&] {
+      for (int64_t n = 0; n < 4; ++n) to[n][r] = sum[n];
+    };
+    for (const int32_t* at = begin; at != end; ++at) {
+      if (*at - start >= cols) {
+        store();
+        do start += cols, ++r;
+        while (*at - start >= cols);
+        std::fill(sum, sum + 4, 0.0f);
+      }
+      const float delta = weight.outlier_delta[at - all];
+      for (int64_t n = 0; n < 4; ++n) sum[n] += static_cast<float>(input[n][*at - start]) * delta;
+    }
+    store();
   }
 }
 

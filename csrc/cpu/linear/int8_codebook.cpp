@@ -72,11 +72,14 @@ Rounded round_entries(Entries& e, double inverse, double limit) {
   return round_plain(e, inverse, limit);
 }
 
-// The largest magnitude in use. Where entries of at most a 4096th of the weights, or of one weight, are at least twice as large as all others, they
-// count as not in use: one step for all would leave the others few steps.
+// The largest magnitude in use. One step for all would leave most entries few steps where entries of at most a 4096th of the weights, or of
+// one weight, are at least twice as large as all others. Those of them that are more than kLittleMore as large count as not in use: each of
+// their weights costs time.
+constexpr double kLittleMore = 1.4;
+
 double leave_out(Entries& e, int64_t K) {
   int64_t order[256];
-  double total = 0, left = 0, most = 0;
+  double total = 0, seen = 0, most = 0;
   for (int64_t k = 0; k < K; ++k) order[k] = k, total += e.members[k];
   std::sort(order, order + K, [&](int64_t a, int64_t b) { return std::fabs(e.value[a]) > std::fabs(e.value[b]); });
   e.left_out = false;
@@ -84,13 +87,17 @@ double leave_out(Entries& e, int64_t K) {
     const double members = e.members[order[i]], magnitude = std::fabs(e.value[order[i]]);
     if (members == 0) continue;
     if (most == 0) most = magnitude;
-    left += members;
-    if (left <= std::max(1.0, total / 4096)) continue;
-    if (2 * magnitude > most) return most;
+    seen += members;
+    if (seen <= std::max(1.0, total / 4096)) continue;
+    if (magnitude == 0 || 2 * magnitude > most) return most;
     e.left_out = true;
-    for (int64_t k = 0; k < K; ++k)
-      if (std::fabs(e.value[k]) > magnitude) e.members[k] = 0;
-    return magnitude;
+    most = magnitude;
+    for (int64_t k = 0; k < K; ++k) {
+      const double here = std::fabs(e.value[k]);
+      if (here > kLittleMore * magnitude) e.members[k] = 0;
+      else if (e.members[k] > 0) most = std::max(most, here);
+    }
+    return most;
   }
   return most;
 }
