@@ -19,6 +19,8 @@ namespace {
 
 constexpr int64_t kGrainWork = 1 << 20;  // multiplications (a decoded weight counts as 4) that are worth a thread
 constexpr int64_t kRowsPerTask = 768;    // of the input: a long one is also cut
+constexpr int64_t kInputBytes = 1 << 20, kPanelBytes = 1 << 19;  // what stays in the cache of a core: an input; panels beside a part of it
+constexpr int64_t kMostPanels = 8, kFewestTasks = 12;
 
 // sums [rows][16] of `rows` input rows and a panel.
 void tile_scalar(int64_t rows, int64_t cols, const int16_t* a, int64_t lda, const int16_t* panel, int32_t* sums) {
@@ -328,59 +330,88 @@ struct Ahead {
   }
 };
 
-// Rows begin .. end of the input with one panel; meanwhile what the next one is made of comes into the cache.
+// A thread's share of a product: panels of the weight side by side, from its row `row` on, and rows begin .. end of the input.
+template <typename Path>
+struct Share {
+  const LinearWeight* weight;
+  int64_t row, panels, begin, end;
+
+  int64_t rows(int64_t panel) const { return std::min<int64_t>(Path::kRows, weight->packed.rows - row - panel * Path::kRows); }
+};
+
+// A share with its panels, each `size` long, decoded. Meanwhile what comes next is brought into the cache.
 template <typename Path, typename V, typename T>
-void multiply_panel(const Int8Input& input, const V* values, const Int8Product<T>& product, int64_t row, int64_t begin, int64_t end,
-                    const typename Path::Entry* panel, const Ahead& ahead, typename Path::State& state) {
+void multiply_share(const Int8Input& input, const V* values, const Int8Product<T>& product, const Share<Path>& share,
+                    const typename Path::Entry* panels, int64_t size, const Ahead& ahead, typename Path::State& state) {
   constexpr int W = Path::kRows;
+  const auto& [weight, row, count, begin, end] = share;
   if (begin >= end) return;
-  const LinearWeight& weight = *product.weight;
-  const int64_t rows = std::min<int64_t>(W, weight.packed.rows - row);
-  typename Path::Rows of{};
-  for (int64_t r = 0; r < rows; ++r) {
-    of.factor[r] = weight.factor[row + r];
-    of.bias[r] = weight.bias ? weight.bias[row + r] : 0.0f;
-    of.row_sum[r] = weight.row_sum[row + r];
-  }
+  typename Path::Rows of[kMostPanels] = {};
+  for (int64_t p = 0; p < count; ++p)
+    for (int64_t r = 0, rows = share.rows(p), from = row + p * W; r < rows; ++r) {
+      of[p].factor[r] = weight->factor[from + r];
+      of[p].bias[r] = weight->bias ? weight->bias[from + r] : 0.0f;
+      of[p].row_sum[r] = weight->row_sum[from + r];
+    }
   alignas(64) float added[Path::kTile][W];
   alignas(64) int32_t sums[Path::kTile][W];
   const int64_t tiles = ceil_div(end - begin, int64_t(Path::kTile)), most = ceil_div(end - begin, tiles);  // nearly equal ones
   for (int64_t m = begin, here; m < end; m += here) {
     here = std::min(most, end - m);
     ahead.fetch((m - begin) / most, tiles);
-    Path::tile(state, input, m, here, panel, sums[0]);
-    if (weight.outliers) int8_outliers<W>(weight, row, rows, values + m * input.cols, here, added);
-    Path::finish(product.activation, input, m, here, rows, panel, of, weight.outliers ? added[0] : nullptr, sums[0],
-                 product.out + m * product.ld + row, product.ld);
+    for (int64_t p = 0; p < count; ++p) {
+      const auto* const panel = panels + p * size;
+      const int64_t from = row + p * W, rows = share.rows(p);
+      Path::tile(state, input, m, here, panel, sums[0]);
+      if (weight->outliers) int8_outliers<W>(*weight, from, rows, values + m * input.cols, here, added);
+      Path::finish(product.activation, input, m, here, rows, panel, of[p], weight->outliers ? added[0] : nullptr, sums[0],
+                   product.out + m * product.ld + from, product.ld);
+    }
   }
+}
+
+// Panels side by side in a task. An input that does not stay in the cache of a core is read again for each task, so it is worth to have
+// several; but there must be tasks for all threads.
+int64_t panels_of(int64_t panel_bytes, int64_t input_bytes, int64_t panels, int64_t parts) {
+  if (input_bytes < kInputBytes) return 1;
+  int64_t side_by_side = std::clamp<int64_t>(kPanelBytes / panel_bytes, 1, kMostPanels);
+  while (side_by_side > 1 && ceil_div(panels, side_by_side) * parts < kFewestTasks) --side_by_side;
+  return side_by_side;
 }
 
 template <typename Path, typename V, typename T>
 void multiply(const Int8Input& input, const V* values, const std::vector<Int8Product<T>>& products, const Parallel& parallel) {
   using Entry = typename Path::Entry;
-  const int64_t parts = ceil_div(input.rows, kRowsPerTask), depth = int8_padded(input.cols), per_part = ceil_div(input.rows, parts);
+  const int64_t parts = ceil_div(input.rows, kRowsPerTask), per_part = ceil_div(input.rows, parts);
+  const int64_t size = int8_padded(input.cols) * Path::kRows, bytes = size * int64_t(sizeof(Entry));
+  int64_t panels = 0;
+  for (const auto& product : products) panels += ceil_div(product.weight->packed.rows, int64_t(Path::kRows));
+  const int64_t most = panels_of(bytes, input.rows * input.stride, panels, parts), rows = most * Path::kRows;
   std::vector<int64_t> first{0};  // task of each product
-  for (const auto& product : products) first.push_back(first.back() + ceil_div(product.weight->packed.rows, int64_t(Path::kRows)) * parts);
-  const int64_t work = Path::kRows * (input.cols + 1) * (per_part + 4);
+  for (const auto& product : products) first.push_back(first.back() + ceil_div(product.weight->packed.rows, rows) * parts);
+  const int64_t work = rows * (input.cols + 1) * (per_part + 4);
   parallel(first.back(), ceil_div(kGrainWork, work), [&](int64_t begin, int64_t end) {
-    Entry* const panel = reinterpret_cast<Entry*>(workspace(depth * Path::kRows * sizeof(Entry) / sizeof(float)));
+    Entry* const decoded = reinterpret_cast<Entry*>(workspace(most * bytes / sizeof(float)));
     typename Path::State state;
     size_t p = 0;
-    int64_t decoded = -1;
+    int64_t last = -1;  // the task whose panels are decoded
     for (int64_t task = begin; task < end; ++task) {
       while (task >= first[p + 1]) ++p;
-      const int64_t row = (task - first[p]) / parts * Path::kRows, part = (task - first[p]) % parts;
-      const LinearWeight& weight = *products[p].weight;
-      if (part == 0 || decoded != task - 1) Path::decode(weight, row, std::min<int64_t>(Path::kRows, weight.packed.rows - row), panel);
-      decoded = task;
+      const int64_t part = (task - first[p]) % parts;
+      Share<Path> share{products[p].weight, (task - first[p]) / parts * rows, 0, part * per_part, std::min(input.rows, (part + 1) * per_part)};
+      const Packed& packed = share.weight->packed;
+      share.panels = std::min(most, ceil_div(packed.rows - share.row, int64_t(Path::kRows)));
+      for (int64_t i = 0; i < share.panels && (part == 0 || last != task - 1); ++i)
+        Path::decode(*share.weight, share.row + i * Path::kRows, share.rows(i), decoded + i * size);
+      last = task;
       Ahead ahead;
       if (part + 1 == parts && task + 1 < end) {
         const bool same = task + 1 < first[p + 1];
-        const Packed& next = products[same ? p : p + 1].weight->packed;
-        const int64_t from = same ? row + Path::kRows : 0;
-        ahead = {next.data + from * next.row_bytes(), std::min<int64_t>(Path::kRows, next.rows - from) * next.row_bytes()};
+        const Packed& next = same ? packed : products[p + 1].weight->packed;
+        const int64_t from = same ? share.row + rows : 0;
+        ahead = {next.data + from * next.row_bytes(), std::min(rows, next.rows - from) * next.row_bytes()};
       }
-      multiply_panel<Path>(input, values, products[p], row, part * per_part, std::min(input.rows, (part + 1) * per_part), panel, ahead, state);
+      multiply_share<Path>(input, values, products[p], share, decoded, size, ahead, state);
     }
   });
 }
