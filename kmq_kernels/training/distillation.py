@@ -47,8 +47,13 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
 
     def outputs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
-        """The outputs of `model` and of the teacher for a batch, with hidden states; the teacher is not shown the labels."""
-        ours = model(**inputs, output_hidden_states=True)
+        """The outputs of `model` and of the teacher for a batch, with hidden states; the teacher is not shown the labels.
+
+        Without dropout: its noise, which the teacher does not have, is larger than what 3 or 4 bits lack.
+        """
+        training = model.training
+        ours = model.eval()(**inputs, output_hidden_states=True)
+        model.train(training)
         given = {name: value for name, value in inputs.items() if name != "labels"}
         with torch.no_grad():
             return ours, self.model(**given, output_hidden_states=True)
