@@ -186,6 +186,40 @@ def test_outliers_add_to_single_weights():
     assert float((out - (plain + input.double() @ sparse.view(37, 90).T)).abs().max()) <= 1e-4
 
 
+def test_a_long_input_gives_what_its_parts_give():
+    """An input of more than a core's cache shares panels and is cut; its parts are neither. Rows and outliers in all panels."""
+    rows, cols = 32 * 14 + 7, 1500
+    _, packed, codebook = problem(rows, cols, 4, 5, torch.float32)
+    table, scale, row_sum = ops.int8_codebook(packed, codebook, cols, group_rows=5)
+    factor, bias, input = scale.repeat_interleave(5)[:rows], torch.randn(rows), with_outliers(900, cols)
+    index = torch.arange(3, rows * cols, 9973, dtype=torch.int32)
+    given = {"group_rows": 5, "outlier_index": index, "outlier_delta": torch.randn(len(index)), "activation": "gelu"}
+    parts = [ops.int8_linear(part, packed, table, factor, row_sum, bias, **given) for part in input.split(50)]
+    assert torch.equal(ops.int8_linear(input, packed, table, factor, row_sum, bias, **given), torch.cat(parts))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_entries_of_few_weights_are_left_out_where_they_are_large(bits):
+    """Those more than 1.4 times as large as the rest, if some are twice as large; not where the largest is less than that."""
+    codebook = torch.linspace(-1, 1, 2**bits)[None]
+    codebook[0, -3:] = torch.tensor([1.3, 1.5, 2.5])
+    assignments = torch.randint(0, 2**bits - 3, (64, 2048), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for i in range(3):
+        assignments[0, i] = 2**bits - 3 + i
+    table, scale, _ = ops.int8_codebook(kmq.pack(assignments, bits), codebook, 2048)
+    assert table[0, -3] != 0
+    assert table[0, -2:].tolist() == [0, 0]
+    assert float((codebook - scale * table)[0, :-2].abs().max()) <= 1.3 / reference.INT8_LIMIT
+    codebook[0, -1] = 1.6
+    assert (ops.int8_codebook(kmq.pack(assignments, bits), codebook, 2048)[0][0, -3:] != 0).all()
+    for ours, theirs in zip(
+        ops.int8_codebook(kmq.pack(assignments, bits), codebook, 2048),
+        reference.int8_codebook(kmq.pack(assignments, bits), codebook, 2048, 64),
+        strict=True,
+    ):
+        assert torch.allclose(ours.float(), theirs.float(), rtol=1e-6)
+
+
 def test_rows_that_are_not_finite_or_tiny():
     _, packed, codebook = problem(20, 130, 4, 20, torch.float32)
     table, scale, row_sum = ops.int8_codebook(packed, codebook, 130)

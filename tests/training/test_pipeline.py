@@ -1,5 +1,6 @@
 """The three stages end to end on a tiny model: resuming, refusing, repeating bit for bit."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -15,6 +16,7 @@ from kmq_kernels import training
 from kmq_kernels.files import CheckpointError
 from kmq_kernels.layers import CodebookModule
 from kmq_kernels.training import load_task
+from kmq_kernels.training.distillation import Teacher
 
 OWN_FILES = ["--train-file", "{}/train.csv", "--validation-file", "{}/dev.csv"]
 
@@ -133,6 +135,18 @@ def test_distillation_follows_the_teacher(folder):
     assert labels.shape == (32,)
     with pytest.raises(training.PipelineError, match="expected a model to distill from"):
         training.finetune(teacher, tokenizer, task, dataclasses.replace(few, distill=True), folder / "scratch")
+
+
+def test_distillation_has_no_dropout():
+    """A model that follows itself is where it should be, however much it drops otherwise."""
+    model = family_model("bert", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).train()
+    teacher = Teacher(copy.deepcopy(model))
+    batch = {"input_ids": torch.arange(1, 25).reshape(3, 8), "attention_mask": torch.ones(3, 8, dtype=torch.long)}
+    ours, theirs = teacher.outputs(model, batch)
+    assert float(training.distillation_loss(ours, theirs, batch["attention_mask"], False)) == pytest.approx(0.0, abs=1e-6)
+    assert all(module.training for module in model.modules())
+    assert ours.logits.requires_grad
+    assert not theirs.logits.requires_grad
 
 
 def test_interrupt_leaves_nothing_half_written(folder, monkeypatch):

@@ -346,13 +346,15 @@ void multiply_share(const Int8Input& input, const V* values, const Int8Product<T
   constexpr int W = Path::kRows;
   const auto& [weight, row, count, begin, end] = share;
   if (begin >= end) return;
-  typename Path::Rows of[kMostPanels] = {};
-  for (int64_t p = 0; p < count; ++p)
+  typename Path::Rows of[kMostPanels];
+  for (int64_t p = 0; p < count; ++p) {
+    of[p] = {};
     for (int64_t r = 0, rows = share.rows(p), from = row + p * W; r < rows; ++r) {
       of[p].factor[r] = weight->factor[from + r];
       of[p].bias[r] = weight->bias ? weight->bias[from + r] : 0.0f;
       of[p].row_sum[r] = weight->row_sum[from + r];
     }
+  }
   alignas(64) float added[Path::kTile][W];
   alignas(64) int32_t sums[Path::kTile][W];
   const int64_t tiles = ceil_div(end - begin, int64_t(Path::kTile)), most = ceil_div(end - begin, tiles);  // nearly equal ones
