@@ -54,32 +54,6 @@ def nearest(values: Tensor, codebook: Tensor, group_rows: int) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-ROWS = 4096  # a weight's at a time, where more would take several times its memory
-
-
-def within_cells(values: Tensor, module: Any) -> Tensor:
-    """`values` (rows, cols) fp32, with those moved whose nearest centroid is not the one that their index in `module` names: to
-    the edge of what is nearest to that one. So an assignment that was not chosen by distance stays where it begins.
-    """
-    made = torch.empty_like(values)
-    centroids, order = module.codebook.detach().float().sort(dim=1)
-    middle = (centroids[:, 1:] + centroids[:, :-1]) / 2
-    end = torch.full_like(centroids[:, :1], torch.inf)
-    # A thousandth inside: on the edge itself the lower one is taken.
-    low = torch.cat([-end, middle + (centroids[:, 1:] - middle) / 1024], 1)
-    high = torch.cat([middle + (centroids[:, :-1] - middle) / 1024, end], 1)
-    place = order.argsort(1)  # of each index among the sorted centroids
-    for first in range(0, module.rows, ROWS):
-        rows = slice(first, min(first + ROWS, module.rows))
-        book = torch.arange(rows.start, rows.stop, device=values.device) // module.group_rows
-        factor = 1.0 if module.row_scale is None else module.row_scale.detach()[rows, None].float()
-        at = place[book].gather(1, ops.unpack(module.packed[rows], module.bits, module.cols).long())
-        scaled = values[rows] / factor
-        inside = scaled.clamp(low[book].gather(1, at), high[book].gather(1, at))
-        made[rows] = torch.where((inside == scaled) | ~inside.isfinite(), values[rows], inside * factor)
-    return made
-
-
 def settle(modules: Iterable[Any]) -> None:
     """Gives every codebook module with a latent weight the indices of the centroids that are nearest to it."""
     modules, done = list(modules), set()
@@ -97,11 +71,9 @@ def settle(modules: Iterable[Any]) -> None:
 def start_moving(modules: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[nn.Parameter]:
     """Puts a latent weight on every codebook module that trains, and returns these parameters.
 
-    modules: by name; those that share their indices share the latent weight. weights: where it begins, (rows, cols) by name
-    of the module, any floating dtype; elsewhere it begins at the decoded weight. Where the nearest centroid is another than
-    the index names (k-means leaves no such weight, `objective="output"` does), it begins at the edge of the index's cell, so
-    that the model begins as it is. It is fp32, the gradient and AdamW's two moments beside it are, too: 16 bytes for each
-    weight.
+    modules: by name; those that share their indices share the latent weight. weights: where it begins, (rows, cols) by name of
+    the module, any floating dtype; elsewhere it begins at the decoded weight. It is fp32, the gradient and AdamW's two moments
+    beside it are, too: 16 bytes for each weight. The indices become those of the nearest centroids.
     Raises ValueError where a weight has another shape than its module or is not finite.
     """
     latents: dict[int, nn.Parameter] = {}
@@ -117,8 +89,8 @@ def start_moving(modules: Mapping[str, Any], weights: Mapping[str, Tensor]) -> l
                     raise ValueError(f"{name}: expected a weight of shape {expected} to begin at, got {given}")
                 if not bool(torch.isfinite(values).all()):
                     raise ValueError(f"{name}: the weight to begin at holds NaN or Inf")
-                values = within_cells(values.to(module.codebook.device, torch.float32), module)
-            latents[id(module.packed)] = nn.Parameter(values)
+                values = values.to(module.codebook.device, torch.float32)
+            latents[id(module.packed)] = nn.Parameter(values.clone(memory_format=torch.contiguous_format))
         module.latent = latents[id(module.packed)]
     settle(modules.values())
     return list(latents.values())

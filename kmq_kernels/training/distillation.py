@@ -49,11 +49,15 @@ class Teacher:
     def outputs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
         """The outputs of `model` and of the teacher for a batch, with hidden states; the teacher is not shown the labels.
 
-        Without dropout: its noise, which the teacher does not have, is larger than what 3 or 4 bits lack.
+        Both in evaluation mode, for the noise of dropout, which the teacher does not have, is larger than what 3 or 4 bits lack.
+        So there is no gradient checkpointing either. The modules of `model` are in their modes again afterwards.
         """
-        training = model.training
-        ours = model.eval()(**inputs, output_hidden_states=True)
-        model.train(training)
+        training = {module: module.training for module in model.modules()}
+        try:
+            ours = model.eval()(**inputs, output_hidden_states=True)
+        finally:
+            for module, was in training.items():
+                module.training = was
         given = {name: value for name, value in inputs.items() if name != "labels"}
         with torch.no_grad():
             return ours, self.model(**given, output_hidden_states=True)

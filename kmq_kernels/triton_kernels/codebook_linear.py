@@ -290,6 +290,7 @@ def fused_input_grad(
         grad, packed, codebook, to, M, OUT, cols, steps * tile.weight_rows, group_rows,
         BITS=bits, SHARED=codebook.shape[0] == 1, PARTIAL=pieces > 1, WEIGHT_ROWS=tile.weight_rows, INPUT_ROWS=tile.input_rows,
         DTYPE=dtype, PRECISION="tf32" if _tf32() else "ieee", LOOKUP=lookup, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        maxnreg=tile.registers,
     )  # fmt: skip
     if pieces > 1:
         sum_pieces(to, None, out)

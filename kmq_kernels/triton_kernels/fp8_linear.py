@@ -172,7 +172,7 @@ def fused_fp8_linear(
         x, packed, table.view(torch.int32), scale, table_scale, bias, to, M, OUT, cols, x.shape[1], blocks_per_piece, group_rows,
         BITS=bits, SHARED=table.shape[0] == 1, HAS_BIAS=bias is not None, PARTIAL=pieces > 1, WEIGHT_ROWS=tile.weight_rows,
         INPUT_ROWS=tile.input_rows, DTYPE=tl.float32, LOOKUP=bool(has_lookup8(bits)),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.registers,
     )  # fmt: skip
     if pieces > 1:
         sum_pieces(to, bias, out)

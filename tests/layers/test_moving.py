@@ -57,29 +57,6 @@ def test_settle_takes_the_nearest_centroids_of_codebooks_in_any_order(bits, opti
         torch.testing.assert_close(module.decoded().double(), _decoded_by_brute_force(module), rtol=1e-6, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("options", KINDS)
-def test_assignments_that_distance_did_not_choose_stay(options):
-    """The latent weight begins at the weight where that is nearest to its centroid, else at the edge of the centroid's cell."""
-    model, source = _quantized(3, **options)
-    modules = _modules(model)
-    weights = {name: source.get_submodule(name).weight.detach() for name in modules}
-    by_distance = {name: module.packed.clone() for name, module in modules.items()}
-    for module in modules.values():
-        index = kmq.unpack(module.packed, module.bits, module.cols)
-        other = torch.randint(0, 8, index.shape, dtype=torch.uint8)
-        module.packed.copy_(kmq.pack(torch.where(torch.rand(index.shape) < 0.2, other, index), module.bits))
-    before = {name: (module.packed.clone(), module.decoded()) for name, module in modules.items()}
-    start_moving(modules, weights)
-    for name, module in modules.items():
-        packed, decoded = before[name]
-        assert torch.equal(module.decoded(), decoded), name  # of centroids that are equal the first is taken
-        assert not torch.equal(module.latent, weights[name])
-        if module.row_scale is None:  # factors are fitted to the indices, so those need not be the nearest
-            kept = kmq.unpack(packed, 3, module.cols) == kmq.unpack(by_distance[name], 3, module.cols)
-            gap = float(module.codebook.detach().sort(1).values.diff(dim=1).max())
-            assert float((module.latent.detach() - weights[name])[kept].abs().max()) <= gap / 1024, name
-
-
 @pytest.mark.parametrize("options", KINDS[:4])
 def test_gradients_are_those_of_the_quantized_weight(options):
     """The latent weight gets the gradient of the weight; the codebook, factors and exact values that of a fixed layer."""

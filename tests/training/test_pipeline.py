@@ -145,6 +145,11 @@ def test_distillation_has_no_dropout():
     ours, theirs = teacher.outputs(model, batch)
     assert float(training.distillation_loss(ours, theirs, batch["attention_mask"], False)) == pytest.approx(0.0, abs=1e-6)
     assert all(module.training for module in model.modules())
+    frozen = model.bert.embeddings.eval()
+    with pytest.raises(IndexError):
+        teacher.outputs(model, {**batch, "input_ids": batch["input_ids"] + 10**6})
+    assert model.training
+    assert not frozen.training
     assert ours.logits.requires_grad
     assert not theirs.logits.requires_grad
 

@@ -373,7 +373,7 @@ void multiply_share(const Int8Input& input, const V* values, const Int8Product<T
 }
 
 // Panels side by side in a task. An input that does not stay in the cache of a core is read again for each task, so it is worth to have
-// several; but there must be tasks for all threads.
+// several; but not so many that few threads find a task.
 int64_t panels_of(int64_t panel_bytes, int64_t input_bytes, int64_t panels, int64_t parts) {
   if (input_bytes < kInputBytes) return 1;
   int64_t side_by_side = std::clamp<int64_t>(kPanelBytes / panel_bytes, 1, kMostPanels);
