@@ -499,17 +499,6 @@ Tensor codebook_grad_cuda(const Tensor& grad_in, const Tensor& packed_in, int64_
 
 #endif
 
-// The version and the address of each, as bytes to be compared.
-pybind11::bytes tensor_states(const std::vector<Tensor>& tensors) {
-  std::vector<int64_t> states;
-  states.reserve(2 * tensors.size());
-  for (const Tensor& tensor : tensors) {
-    states.push_back(tensor._version());
-    states.push_back(reinterpret_cast<int64_t>(tensor.const_data_ptr()));
-  }
-  return {reinterpret_cast<const char*>(states.data()), states.size() * sizeof(int64_t)};
-}
-
 pybind11::dict build_facts() {
   pybind11::dict facts;
   facts["cpu_path"] = kmq::cpu::path();
@@ -551,6 +540,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::class_<HeldEncoder>(m, "Encoder", "A whole encoder with its weights, run in one call; see layers/encoder.py.")
       .def(pybind11::init<pybind11::dict>())
       .def("run", &HeldEncoder::run);
-  m.def("tensor_states", &tensor_states, "Versions and addresses of tensors.");
   m.def("build_facts", &build_facts, "The instruction set in use, the compiler, torch and CUDA versions of the build.");
 }

@@ -34,11 +34,14 @@ class Watched:
         self._settings = _Members(self._modules, SETTINGS)
         self._tensors = [tensor for tensor in self._stored.values if tensor is not None]
         self._tracked = not any(tensor.is_inference() for tensor in self._tensors)
-        self._states = ops.tensor_states(self._tensors) if self._tracked else None
+        self._states = self._state() if self._tracked else []
+
+    def _state(self) -> list[Any]:
+        return [tensor._version for tensor in self._tensors] + [tensor.data_ptr() for tensor in self._tensors]
 
     def same(self) -> bool:
         known = self._children.same() and self._stored.same() and self._settings.same()
-        return known and self._tracked and ops.tensor_states(self._tensors) == self._states
+        return known and self._tracked and self._state() == self._states
 
     def plain(self) -> bool:
         """Whether the modules are in evaluation mode and have neither hooks nor a forward method of their own."""

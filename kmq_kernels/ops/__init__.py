@@ -10,7 +10,7 @@ from .assign import assign, update
 from .clustering import kmeans
 from .codes import dequantize, pack, unpack
 from .embedding import codebook_embedding, codebook_embedding_of_layer, padding_row
-from .encoder import compile_encoder, has_compiled_encoder, tensor_states
+from .encoder import compile_encoder, has_compiled_encoder
 from .gradients import codebook_grad
 from .int8 import INT8_COLS, int8_codebook, int8_linear
 from .linear import codebook_linear, codebook_linear_of_layer
@@ -37,7 +37,6 @@ __all__ = [
     "padding_row",
     "sparse_embedding",
     "sparse_linear",
-    "tensor_states",
     "unpack",
     "update",
 ]

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from ._define import compiled_extension
 
 
@@ -19,13 +17,3 @@ def compile_encoder(facts: dict[str, Any]) -> Any:
     if compiled_extension is None:
         raise RuntimeError("compile_encoder: the extension was not built, see build_info()")
     return compiled_extension.Encoder(facts)
-
-
-def tensor_states(tensors: list[Tensor]) -> Any:
-    """Versions and addresses of tensors, to be compared with those of another time: equal unless one was written or replaced.
-
-    Raises RuntimeError for a tensor made under torch.inference_mode, which has no version.
-    """
-    if compiled_extension is None:
-        return [(tensor._version, tensor.data_ptr()) for tensor in tensors]
-    return compiled_extension.tensor_states(tensors)
