@@ -39,8 +39,8 @@ def variant(bits: int, granularity: str, assignments: str, distill: bool, **fiel
     scheme = fields.get("scheme", "kmeans")
     start = "-outputs" if fields.get("objective") == "output" else ""
     name = f"{scheme}{start}-{granularity}-{assignments}-{'distilled' if distill else 'plain'}-{bits}bit"
-    chosen = {"bits": bits, "granularity": granularity, "assignments": assignments, "distill": distill}
-    return {"name": name, **chosen, **fields}
+    own = {"bits": bits, "granularity": granularity, "assignments": assignments, "distill": distill}
+    return {"name": name, **own, **fields}
 
 
 def chosen(fields: dict[str, Any], task: str) -> list[dict[str, Any]]:
