@@ -115,6 +115,32 @@ def test_a_classifier_keeps_its_logits_and_the_same_call_gives_the_same():
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in first.modules())
 
 
+def _precisions():
+    return [backend.fp32_precision for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
+
+
+@pytest.mark.parametrize("kind", ["high", "medium", "by backend"])
+def test_products_are_exact_whatever_else_is_allowed(kind):
+    """bf16 products of a model with large means left second moments that are not positive definite."""
+    dense, batches = _model(), _batches(6)
+    before, wanted = _precisions(), _quantized(dense, batches, bits=2, objective="output").state_dict()
+    try:
+        if kind == "by backend":
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        else:
+            torch.set_float32_matmul_precision(kind)
+        allowed = _precisions()
+        found = _quantized(dense, batches, bits=2, objective="output").state_dict()
+        assert _precisions() == allowed
+        if kind != "by backend":
+            assert torch.get_float32_matmul_precision() == kind
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for backend, precision in zip((torch.backends.cuda.matmul, torch.backends.mkldnn.matmul), before, strict=True):
+            backend.fp32_precision = precision
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+
+
 def test_layers_of_other_kinds():
     class Net(nn.Module):
         def __init__(self):
