@@ -117,7 +117,7 @@ def main() -> None:
     for task in args.tasks:
         if task == "texts":
             train, held = sentences(args.data, args.out / "sentences")
-            kinds = [(4, "fixed"), (3, "moving"), (2, "moving"), (3, "fixed"), (4, "moving")]
+            kinds = [(2, "moving"), (3, "fixed"), (4, "fixed"), (3, "moving"), (2, "fixed")]
             entries = [variant(bits, "row", kind, True, **{"objective": "output", **args.fields}) for bits, kind in kinds]
             (args.out / "embedders.json").write_text(json.dumps(entries, indent=1))
             own = ["--train-file", str(train), "--validation-file", str(held), "--compare", str(args.out / "embedders.json")]

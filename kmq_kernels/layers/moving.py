@@ -54,6 +54,28 @@ def nearest(values: Tensor, codebook: Tensor, group_rows: int) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
+ROWS = 4096  # a weight's at a time, where more would take several times its memory
+
+
+def within_cells(values: Tensor, module: Any, share: float) -> Tensor:
+    """`values` (rows, cols) fp32, each moved to where the nearest centroid is the one that its index in `module` names: no more
+    than `share` (0 to 1) of the way from that centroid to the border of its cell. A row whose factor is 0 stays as it is."""
+    made = torch.empty_like(values)
+    centroids, order = module.codebook.detach().float().sort(dim=1)
+    half = share / 2 * (centroids[:, 1:] - centroids[:, :-1])
+    end = torch.full_like(centroids[:, :1], torch.inf)
+    low, high = torch.cat([-end, centroids[:, 1:] - half], 1), torch.cat([centroids[:, :-1] + half, end], 1)
+    place = order.argsort(1)  # of each index among the sorted centroids
+    for first in range(0, module.rows, ROWS):
+        rows = slice(first, min(first + ROWS, module.rows))
+        book = torch.arange(rows.start, rows.stop, device=values.device) // module.group_rows
+        factor = 1.0 if module.row_scale is None else module.row_scale.detach()[rows, None].float()
+        at = place[book].gather(1, ops.unpack(module.packed[rows], module.bits, module.cols).long())
+        inside = (values[rows] / factor).clamp(low[book].gather(1, at), high[book].gather(1, at)) * factor
+        made[rows] = torch.where(inside.isfinite(), inside, values[rows])
+    return made
+
+
 def settle(modules: Iterable[Any]) -> None:
     """Gives every codebook module with a latent weight the indices of the centroids that are nearest to it."""
     modules, done = list(modules), set()
@@ -68,12 +90,13 @@ def settle(modules: Iterable[Any]) -> None:
         module._inverse_counts = None  # cluster sizes
 
 
-def start_moving(modules: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[nn.Parameter]:
+def start_moving(modules: Mapping[str, Any], weights: Mapping[str, Tensor], share: float | None = None) -> list[nn.Parameter]:
     """Puts a latent weight on every codebook module that trains, and returns these parameters.
 
     modules: by name; those that share their indices share the latent weight. weights: where it begins, (rows, cols) by name of
-    the module, any floating dtype; elsewhere it begins at the decoded weight. It is fp32, the gradient and AdamW's two moments
-    beside it are, too: 16 bytes for each weight. The indices become those of the nearest centroids.
+    the module, any floating dtype; elsewhere it begins at the decoded weight. share: the indices stay at first, and it begins
+    `within_cells`; None: it begins at the weight, and the indices become those of the nearest centroids. It is fp32, the gradient
+    and AdamW's two moments beside it are, too: 16 bytes for each weight.
     Raises ValueError where a weight has another shape than its module or is not finite.
     """
     latents: dict[int, nn.Parameter] = {}
@@ -90,6 +113,7 @@ def start_moving(modules: Mapping[str, Any], weights: Mapping[str, Tensor]) -> l
                 if not bool(torch.isfinite(values).all()):
                     raise ValueError(f"{name}: the weight to begin at holds NaN or Inf")
                 values = values.to(module.codebook.device, torch.float32)
+                values = values if share is None else within_cells(values, module, share)
             latents[id(module.packed)] = nn.Parameter(values.clone(memory_format=torch.contiguous_format))
         module.latent = latents[id(module.packed)]
     settle(modules.values())

@@ -9,9 +9,9 @@ The layers that share an input (query, key, value) are one group. For each group
 3. the outputs of the whole model for texts that were not used in 1 and 2 are computed with this result and with plain clustering,
    the weights to come as they are, and the nearer of the two is kept.
 
-Embeddings, which have no inputs, are clustered with their rows weighted by how often the texts have them, and their columns by
-the gain of the normalization that follows. At the end the whole model is compared with one of plain clusters, on the same
-held-out texts; where that is nearer, it is taken.
+Embeddings, which have no inputs, are clustered for what their errors do to the outputs of the model, which second moments of
+gradients say, with their rows weighted by how often the texts have them. At the end the whole model is compared with one of plain
+clusters, on the same held-out texts; where that is nearer, it is taken.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from .. import ops
 from ..clustering import Clusters, OutputProblem, fit_outputs
 from ..terminal import draws_bars
 from ._progress import weight_bar
-from .calibration import Batch, Group, Passes, read_batches, token_weights
+from .calibration import Batch, Group, Passes, layers_of, read_batches, token_weights
 from .config import KMQConfig
+from .distance import distance, first_tensor, gradient_moments
 from .encoding import EncodedWeight, decode, decode_rows, encode_weights
 from .weights import Weight
 
@@ -42,6 +43,8 @@ DAMPING = 0.1  # of the mean square of an input, added to that of each: texts ar
 ROUNDING = 1e-3  # of the mean square of an input: least that is taken for how much inputs differ
 UNSEEN = 1.0  # occurrences that a word has beside those in the texts
 ADDED = 0.5  # share of an error in what is added to the output that a layer is to take back
+SHARED = 1 << 25  # values that share a codebook: of more, an embedding is not clustered for outputs, which takes copies of them
+AT_ONCE = 1 << 22  # values that are clustered for outputs at once, where more of them share no codebook
 
 
 @dataclasses.dataclass
@@ -130,7 +133,7 @@ class _Search:
         passes = self.passes
         groups = passes.groups([weight for weight in self.chosen if not weight.computed])
         self.now = {weight.name: self.plain[weight.name] for weight in passes.uncalled}
-        self.wanted = [_tensor(passes.output(number, False)) for number in passes.judged]
+        self.wanted = [first_tensor(passes.output(number, False)) for number in passes.judged]
         few: list[str] = []
         shown = draws_bars() if progress is None else progress
         with weight_bar("clustering for outputs", [weight.tensor for weight in self.chosen], shown) as bar:
@@ -165,7 +168,7 @@ class _Search:
         """How far the outputs for the texts to judge by are from those of the model as it is."""
         total = 0.0
         for number, wanted in zip(self.passes.judged, self.wanted, strict=True):
-            total += _distance(self.passes.output(number, True), wanted, self.passes.batches[number])
+            total += distance(self.passes.output(number, True), wanted, self.passes.batches[number])
         return total
 
     def _group(self, group: Group, few: list[str]) -> dict[str, EncodedWeight]:
@@ -185,8 +188,18 @@ class _Search:
         few += [weight.name for weight in group.weights if self.tokens.get(weight.name, weight.cols) < weight.cols]
         return found
 
+    @functools.cached_property
+    def _gradients(self) -> dict[int, Tensor]:
+        """Second moments of gradients of the outputs by what embeddings give: see `gradient_moments`."""
+        embeddings = [
+            layer for weight in self.chosen if issubclass(weight.kind.plain, nn.Embedding) for layer in layers_of(weight)
+        ]
+        passes = self.passes
+        return gradient_moments(self.model, (passes.batches[number] for number in passes.fitted), embeddings)
+
     def _embeddings(self, group: Group) -> dict[str, EncodedWeight]:
-        """Rows weighted by how often they occur, columns by the gain of the normalization that follows."""
+        """Rows weighted by how often they occur; their errors by what these do to the outputs, or, where that is not known or
+        takes too much memory, by the gain of the normalization that follows."""
         rows = group.weights[0].rows
         passes = self.passes
         count = torch.full((rows,), UNSEEN, device=passes.device)
@@ -199,7 +212,18 @@ class _Search:
         gain = getattr(group.norm, "weight", None)
         found = {}
         for weight in group.weights:
+            moments = self._gradients.get(id(group.layers[0]))
+            shared = self.config.rows_per_codebook(rows) * weight.cols
             weigh = self.importance[weight.name]
+            if weigh is None and moments is not None and shared <= SHARED:
+                matrix = weight.tensor.float().contiguous()
+                gram = moments / moments.diagonal().mean()
+                gram.diagonal().add_(DAMPING)
+                often = count / count.mean()
+                found[weight.name], _ = self._clustered(
+                    weight, matrix, gram.diagonal() * often[:, None], gram, matrix @ gram, often
+                )
+                continue
             if weigh is None:
                 ones = torch.ones(weight.cols, device=count.device)
                 follows = ones if gain is None or gain.shape != ones.shape else gain.detach().float().square()
@@ -275,26 +299,46 @@ class _Search:
             row_weight = given.float().mean(1)
             row_weight = row_weight / row_weight.mean().clamp_min(1e-30)
             weigh = weigh * row_weight[:, None]
-        (start,) = encode_weights(
-            [wanted], [weight.bits or 0], self.config, importance=[weigh.contiguous()], names=[weight.parameter]
+        encoded, decoded = self._clustered(weight, wanted, weigh, gram, linear, row_weight)
+        return (
+            encoded if bias is None else encoded._replace(bias=(bias.detach().float() + aim - decoded @ moments.x).to(bias.dtype))
         )
+
+    def _clustered(
+        self, weight: Weight, wanted: Tensor, weigh: Tensor, gram: Tensor, linear: Tensor, row_weight: Tensor | None
+    ) -> tuple[EncodedWeight, Tensor]:
+        """A weight clustered for its outputs, see `OutputProblem`, and what it decodes to; some rows after the others where they
+        share no codebook. It begins at `wanted`, clustered with the importance `weigh`."""
+        bits, group_rows = weight.bits or 0, self.config.rows_per_codebook(weight.rows)
+        (start,) = encode_weights([wanted], [bits], self.config, importance=[weigh.contiguous()], names=[weight.parameter])
         free = exact = None
         if start.outlier_index is not None and start.outlier_values is not None:
             index = start.outlier_index.long()
-            free = torch.zeros(matrix.numel(), dtype=torch.bool, device=matrix.device).index_fill_(0, index, True).view_as(matrix)
-            exact = torch.zeros_like(matrix).view(-1).index_copy_(0, index, start.outlier_values).view_as(matrix)
-        bits, group_rows = weight.bits or 0, self.config.rows_per_codebook(weight.rows)
-        problem = OutputProblem(gram, linear, bits, group_rows, row_weight, free)
-        clusters = Clusters(start.codebook, ops.unpack(start.packed, bits, weight.cols), start.row_scale, exact)
-        clusters = fit_outputs(problem, clusters)
-        decoded = problem.decoded(clusters)
-        if bias is not None:
-            bias = (bias.detach().float() + aim - decoded @ moments.x).to(bias.dtype)
+            free = torch.zeros(wanted.numel(), dtype=torch.bool, device=wanted.device).index_fill_(0, index, True).view_as(wanted)
+            exact = torch.zeros_like(wanted).view(-1).index_copy_(0, index, start.outlier_values).view_as(wanted)
+        step = max(1, AT_ONCE // (group_rows * weight.cols)) * group_rows
+        found: list[Clusters] = []
+        outputs: list[Tensor] = []
+        for rows in (slice(first, first + step) for first in range(0, weight.rows, step)):
+            places, values, scale, weights = (
+                None if value is None else value[rows] for value in (free, exact, start.row_scale, row_weight)
+            )
+            problem = OutputProblem(gram, linear[rows], bits, group_rows, weights, places)
+            book = start.codebook[rows.start // group_rows : -(-rows.stop // group_rows)]
+            begun = Clusters(book, ops.unpack(start.packed[rows], bits, weight.cols), scale, values)
+            found.append(fit_outputs(problem, begun))
+            outputs.append(problem.decoded(found[-1]))
+        clusters = Clusters(*(_joined(parts) for parts in zip(*found, strict=True)))
+        decoded = torch.cat(outputs)
         values = None if clusters.exact is None or free is None else clusters.exact[free]
-        error = float((matrix - decoded).square().sum(dtype=torch.float64))
-        return EncodedWeight(
-            clusters.codebook, ops.pack(clusters.codes, bits), clusters.scale, start.outlier_index, values, error, bias
-        )
+        error = float((weight.tensor.float() - decoded).square().sum(dtype=torch.float64))
+        packed = ops.pack(clusters.codes, bits)
+        return EncodedWeight(clusters.codebook, packed, clusters.scale, start.outlier_index, values, error), decoded
+
+
+def _joined(parts: tuple[Any, ...]) -> Any:
+    """Rows one after the other, or None where they are None."""
+    return None if parts[0] is None else torch.cat(parts)
 
 
 def _own_bias(weight: Weight, model: nn.Module) -> nn.Parameter | None:
@@ -307,32 +351,6 @@ def _own_bias(weight: Weight, model: nn.Module) -> nn.Parameter | None:
     return bias if places == len(weight.modules) else None
 
 
-def _distance(output: Any, wanted: Tensor, batch: Batch) -> float:
-    """Squared distance of an output from the one that is wanted, as a share of its square; of texts also that of their means."""
-    one, other = _tensor(output), wanted
-    weight = token_weights(batch, one.shape)
-    if weight is None:
-        return _share(one.float(), other.float())
-    weight = weight.view(one.shape[0], -1, 1)
-    one, other = one.float(), other.float()
-    return _share(one * weight.sqrt(), other * weight.sqrt()) + _share((one * weight).sum(1), (other * weight).sum(1))
-
-
-def _share(one: Tensor, other: Tensor) -> float:
-    value = float((one - other).square().sum(dtype=torch.float64) / other.square().sum(dtype=torch.float64).clamp_min(1e-30))
-    return value if value == value else float("inf")
-
-
-def _tensor(output: Any) -> Tensor:
-    """The first floating-point tensor of an output: logits, or the last hidden states."""
-    if isinstance(output, Tensor):
-        return output
-    for value in output.values() if isinstance(output, Mapping) else output:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    raise ValueError("calibration: the model gives no floating-point tensor")
-
-
 @contextmanager
 def _prepared(model: nn.Module) -> Iterator[None]:
     """Eval mode, and products of fp32 values as exact as fp32; afterwards as it was.
@@ -340,7 +358,7 @@ def _prepared(model: nn.Module) -> Iterator[None]:
     What `torch.set_float32_matmul_precision` allows for speed, 8 or 11 bits of each factor, is less than second moments need.
     """
     training = {module: module.training for module in model.modules()}
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    backends: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     precisions = [backend.fp32_precision for backend in backends]
     try:
         overall = torch.get_float32_matmul_precision()

@@ -16,6 +16,7 @@ from .settings import Assignments, PipelineError
 
 FEW_BITS = 2  # up to here fixed indices are what limits a model
 MOVING_STEPS = 300
+WITHIN = 0.7  # of a cell: where latent weights begin whose indices were not chosen by distance
 
 
 def default_assignments(config: KMQConfig) -> Assignments:
@@ -53,15 +54,18 @@ def matching_weights(model: nn.Module, source: Any) -> dict[str, torch.Tensor]:
 @contextlib.contextmanager
 def moving(model: nn.Module, source: Any = None) -> Iterator[list[nn.Parameter]]:
     """While it is open the codebook modules of `model` have latent weights, which it gives; those of `source` (the model in
-    floating point that it was made from) where there is one, else the decoded ones. `Settle` keeps the indices up to date."""
+    floating point that it was made from) where there is one, else the decoded ones. Of objective "output" the indices stay at
+    first, for that knew more than distances of weights. `Settle` keeps the indices up to date."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, CodebookModule)}
     if not modules:
         raise PipelineError("assignments: expected a quantized model for 'moving', got one without codebooks")
     config = getattr(getattr(model, "config", None), "quantization_config", None)
+    share = None
     if isinstance(config, KMQConfig):
         check_assignments("moving", config)
+        share = WITHIN if config.objective == "output" else None
     try:
-        latents = start_moving(modules, {} if source is None else matching_weights(model, source))
+        latents = start_moving(modules, {} if source is None else matching_weights(model, source), share)
         if not latents:
             raise PipelineError("assignments: 'moving' needs codebooks that train, here all are frozen")
         yield latents

@@ -245,7 +245,8 @@ class Run:
             eigenvalues = {name: eigenvalues[name] for name in names if name in eigenvalues}
         calibration = None
         if config.objective == "output":
-            calibration = self._calibration(model, tokenizer, how.output_batch_size, how.output_batches)
+            count = how.text_batches if isinstance(self.task, Texts) else how.output_batches
+            calibration = self._calibration(model, tokenizer, how.output_batch_size, count)
         model.to("cpu" if calibration is None else _device())
         quantize_(model, config, sample_weight=importance, eigenvalues=eigenvalues, calibration=calibration)
         return model.cpu(), tokenizer

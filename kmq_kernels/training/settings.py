@@ -59,7 +59,8 @@ class SensitivitySettings:
     """Which batches of the training set sensitivities are computed on, and how; see `sensitivity`.
 
     Fisher: `fisher_batches` batches of `fisher_batch_size` texts, damped with `damping` times the mean. Hessian likewise, with
-    at most `hessian_iterations` products a batch and module. Objective "output": `output_batches` batches of `output_batch_size`.
+    at most `hessian_iterations` products a batch and module. Objective "output": `output_batches` batches of `output_batch_size`,
+    or `text_batches` where there are only texts, whose stage 3 begins nearer to the model then.
     """
 
     fisher_batches: int = 400
@@ -69,4 +70,5 @@ class SensitivitySettings:
     hessian_batch_size: int = 8
     hessian_iterations: int = 5
     output_batches: int = 32
+    text_batches: int = 128
     output_batch_size: int = 16

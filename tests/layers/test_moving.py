@@ -57,6 +57,41 @@ def test_settle_takes_the_nearest_centroids_of_codebooks_in_any_order(bits, opti
         torch.testing.assert_close(module.decoded().double(), _decoded_by_brute_force(module), rtol=1e-6, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_within_cells_the_indices_stay(options, share):
+    """The latent weight begins at the weight, but no further from its centroid than a share of the way to the next cell."""
+    model, source = _quantized(3, **options)
+    modules = _modules(model)
+    weights = {name: source.get_submodule(name).weight.detach() for name in modules}
+    with torch.no_grad():
+        for module in modules.values():
+            other = torch.randint(0, 8, (module.rows, module.cols), dtype=torch.uint8)
+            index = kmq.unpack(module.packed, module.bits, module.cols)
+            module.packed.copy_(kmq.pack(torch.where(torch.rand(index.shape) < 0.2, other, index), module.bits))
+            module.codebook.copy_(module.codebook[:, torch.randperm(8)])
+    before = {name: (module.decoded(), module.packed.clone()) for name, module in modules.items()}
+    start_moving(modules, weights, share)
+    for name, module in modules.items():
+        decoded, packed = before[name]
+        assert torch.equal(module.decoded(), decoded), name  # of centroids that are equal the first is taken
+        scale = torch.ones(module.rows, 1) if module.row_scale is None else module.row_scale.detach()[:, None]
+        books = module.codebook.detach()[torch.arange(module.rows) // module.group_rows]
+        code = kmq.unpack(packed, 3, module.cols).long()
+        centroid = books.gather(1, code)
+        wanted = (weights[name] / scale).double()
+        for row in range(0, module.rows, 5):
+            if not float(scale[row]):  # the row of the padding token: nothing of it is ever another value
+                continue
+            for col in range(0, module.cols, 7):
+                c, book = float(centroid[row, col]), books[row].double()
+                above, below = book[book > c], book[book < c]
+                high = c + share / 2 * (float(above.min()) - c) if len(above) else float("inf")
+                low = c - share / 2 * (c - float(below.max())) if len(below) else -float("inf")
+                value = min(max(float(wanted[row, col]), low), high) * float(scale[row])
+                assert abs(value - float(module.latent.detach()[row, col])) < 1e-6, name
+
+
 @pytest.mark.parametrize("options", KINDS[:4])
 def test_gradients_are_those_of_the_quantized_weight(options):
     """The latent weight gets the gradient of the weight; the codebook, factors and exact values that of a fixed layer."""

@@ -13,6 +13,7 @@ import kmq_kernels as kmq
 from kmq_kernels.layers import CodebookModule
 from kmq_kernels.quantization import plan
 from kmq_kernels.quantization.calibration import Passes, read_batches
+from kmq_kernels.quantization.distance import gradient_moments
 
 pytestmark = pytest.mark.filterwarnings("ignore:calibration. fewer tokens:UserWarning")
 
@@ -315,6 +316,70 @@ class _Net(nn.Module):
         else:
             sum_ = sum_ + hidden
         return self.out(torch.tanh(self.b(self.norm(sum_))))
+
+
+class _Sum(nn.Module):
+    """Two embeddings, one of them added in place, and a layer."""
+
+    def __init__(self, closed=False):
+        super().__init__()
+        torch.manual_seed(1)
+        self.closed = closed
+        self.word, self.place, self.out = nn.Embedding(50, 12), nn.Embedding(40, 12), nn.Linear(12, 20)
+        self.out.weight.requires_grad_(False)
+
+    def forward(self, input_ids):
+        hidden = self.word(input_ids)
+        hidden += self.place(torch.arange(input_ids.shape[1]))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.closed):
+            return self.out(hidden)
+
+
+@pytest.mark.parametrize("at_once", [1024, 50])
+def test_moments_of_gradients(monkeypatch, at_once):
+    """Of a linear model: W' W, up to the norm of the outputs of a piece and what random signs leave."""
+    monkeypatch.setattr("kmq_kernels.quantization.distance.TOKENS", at_once)
+    model, batches = _Sum(), _ids([40] * 200)
+    found = gradient_moments(model, batches, [model.word, model.place])
+    product = (model.out.weight.t() @ model.out.weight).detach()
+    for layer in (model.word, model.place):
+        moments = found[id(layer)] / found[id(layer)].trace() * product.trace()
+        assert float((moments - product).norm() / product.norm()) < 0.05
+    assert [parameter.requires_grad for parameter in model.parameters()] == [True, True, False, True]
+    assert not any(module._forward_hooks for module in model.modules())
+    again = gradient_moments(model, batches, [model.word, model.place])
+    assert all(torch.equal(again[key], value) for key, value in found.items())
+
+
+def test_a_model_without_gradients_has_no_moments():
+    model = _Sum(closed=True)
+    assert gradient_moments(model, _ids([12] * 3), [model.word]) == {}
+    assert model.word.weight.requires_grad
+    _quantized(model, _ids([12] * 6), bits=2, objective="output")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"row_scale": True, "outlier_fraction": 0.02, "granularity": "group", "group_rows": 3}], ids=str
+)
+def test_rows_that_share_no_codebook_are_clustered_one_after_the_other(monkeypatch, options):
+    dense, batches = _model(), _batches(6)
+    found = []
+    for at_once in (1 << 22, 100):
+        monkeypatch.setattr("kmq_kernels.quantization.objective.AT_ONCE", at_once)
+        found.append(_quantized(dense, batches, **{"bits": 2, "objective": "output", "granularity": "row", **options}))
+    one, other = (_distance(model, dense, batches[4::5]) for model in found)
+    assert abs(one - other) <= 0.05 * one
+    names = [name for name in found[0].state_dict() if name.startswith("embeddings") and name.endswith("packed")]
+    same = [(found[0].state_dict()[name] == found[1].state_dict()[name]).float().mean() for name in names]
+    assert min(same) > 0.99
+
+
+def test_an_embedding_whose_codebook_has_too_many_values_goes_by_the_norm(monkeypatch):
+    dense, batches = _model(), _batches(6)
+    plain = _quantized(dense, bits=2)
+    monkeypatch.setattr("kmq_kernels.quantization.objective.SHARED", 100)
+    found = _quantized(dense, batches, bits=2, objective="output")
+    assert _distance(found, dense, batches[4::5]) < _distance(plain, dense, batches[4::5])
 
 
 def _ids(lengths, seed=7):

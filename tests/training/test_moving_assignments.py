@@ -88,9 +88,9 @@ def test_a_killed_stage_gives_the_same_bits(folder, monkeypatch):
 def test_latent_weights_begin_at_the_weights_of_the_first_stage(folder, monkeypatch):
     begun = {}
 
-    def start(modules, weights):
+    def start(modules, weights, share):
         begun.update({name: weight.clone() for name, weight in weights.items()})
-        return started(modules, weights)
+        return started(modules, weights, share)
 
     module = training.default_assignments.__globals__
     started = module["start_moving"]
