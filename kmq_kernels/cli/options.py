@@ -199,14 +199,8 @@ OutlierFraction = Annotated[
     ),
 ]  # fmt: skip
 RowScale = Annotated[bool, option(QUANTIZATION, "", "A factor for each row beside the shared codebook.")]
-ObjectiveOption = Annotated[
-    Objective,
-    option(
-        QUANTIZATION,
-        "weights|output",
-        "What clustering keeps near: the weights, or what the layers give for texts without labels.",
-    ),
-]
+KEPT_NEAR = "What clustering keeps near: the weights, or what the layers give for texts without labels."
+ObjectiveOption = Annotated[Objective, option(QUANTIZATION, "weights|output", KEPT_NEAR)]
 PRESETS = (
     "paper (the method as it was published: k-means++, 3 Lloyd steps, mean gradients), linear (bins of equal width), int8 (linear"
     " at 8 bits)"

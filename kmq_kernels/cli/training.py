@@ -13,6 +13,7 @@ from .layout import pairs as listed
 from .messages import note, quieten
 from .options import (
     DATA,
+    KEPT_NEAR,
     MODEL,
     OUTPUT,
     PRESETS,
@@ -36,7 +37,6 @@ from .options import (
     MaxLength,
     ModelArg,
     Objective,
-    ObjectiveOption,
     OutlierFraction,
     OutOption,
     PairsFile,
@@ -153,7 +153,9 @@ def run(
         Weighting,
         option(QUANTIZATION, "none|fisher", "What weighs the values in the clustering: nothing, or the Fisher diagonal."),
     ] = Weighting.none,
-    objective: ObjectiveOption = Objective.weights,
+    objective: Annotated[
+        Objective, option(QUANTIZATION, "weights|output", KEPT_NEAR, default="weights; output for the task texts")
+    ] = Objective.weights,
     outlier_fraction: OutlierFraction = 0.0,
     row_scale: RowScale = False,
     fisher_batches: Annotated[
@@ -264,7 +266,11 @@ def run(
         # What is not given is left to the preset.
         kinds: list[dict[str, Any]] = [{"scheme": kind.value} for kind in scheme or []] or [{}]
         widths: list[dict[str, Any]] = [{"bits": each} for each in bits or []] or [{}]
-        configs = [KMQConfig(**kind, **each, **Command.given(options)) for kind in kinds for each in widths]
+        own = Command.given(options)
+        nearer = {} if preset is not None or not all(isinstance(each, Texts) for each in tasks) else {"objective": "output"}
+        for kind in kinds:
+            kind.update({**(nearer if kind.get("scheme", "kmeans") == "kmeans" else {}), **own})
+        configs = [KMQConfig(**kind, **each) for kind in kinds for each in widths]
         asked = None if assignments is None else assignments.value
         moving_steps = moving_steps or given_steps or training.MOVING_STEPS
         variants = [_variant(config, asked, moving_steps, distill) for config in configs]

@@ -184,14 +184,14 @@ def test_commands(folder, tmp_path, monkeypatch, capsys):
     assert kmq_command(monkeypatch, "run", folder / "model", *data, *few, "--bits", 2) == 0
     printed = capsys.readouterr().out
     assert "quality" in printed
-    assert "kmeans-2bit, stage 3" in printed
-    assert kmq_command(monkeypatch, "evaluate", tmp_path / "out/kmeans-2bit/stage3", "--max-length", 12, "--json") == 0
+    assert "kmeans-2bit-output, stage 3" in printed
+    assert kmq_command(monkeypatch, "evaluate", tmp_path / "out/kmeans-2bit-output/stage3", "--max-length", 12, "--json") == 0
     metrics = json.loads(capsys.readouterr().out)
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert metrics == pytest.approx(results["quantized"]["kmeans-2bit"]["stage3"]["metrics"], abs=1e-9)
-    assert results["request"]["stage3_of"]["kmeans-2bit"]["assignments"] == "moving"
+    assert metrics == pytest.approx(results["quantized"]["kmeans-2bit-output"]["stage3"]["metrics"], abs=1e-9)
+    assert results["request"]["stage3_of"]["kmeans-2bit-output"]["assignments"] == "moving"
 
-    second = tmp_path / "out/kmeans-2bit/stage2"
+    second = tmp_path / "out/kmeans-2bit-output/stage2"
     alone = ["finetune", second, *data, "--steps", 2, "--batch-size", 8, "-o", tmp_path / "alone", "--json"]
     assert kmq_command(monkeypatch, *alone, "--teacher", folder / "model") == 0
     assert json.loads(capsys.readouterr().out).keys() == metrics.keys()
