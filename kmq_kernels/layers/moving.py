@@ -58,7 +58,7 @@ ROWS = 4096  # a weight's at a time, where more would take several times its mem
 
 
 def within_cells(values: Tensor, module: Any, share: float) -> Tensor:
-    """`values` (rows, cols) fp32, each moved to where the nearest centroid is the one that its index in `module` names: no more
+    """`values` (rows, cols) fp32, each moved to where the nearest centroid is that of its index in `module` (or equal): no more
     than `share` (0 to 1) of the way from that centroid to the border of its cell. A row whose factor is 0 stays as it is."""
     made = torch.empty_like(values)
     centroids, order = module.codebook.detach().float().sort(dim=1)
@@ -93,10 +93,10 @@ def settle(modules: Iterable[Any]) -> None:
 def start_moving(modules: Mapping[str, Any], weights: Mapping[str, Tensor], share: float | None = None) -> list[nn.Parameter]:
     """Puts a latent weight on every codebook module that trains, and returns these parameters.
 
-    modules: by name; those that share their indices share the latent weight. weights: where it begins, (rows, cols) by name of
-    the module, any floating dtype; elsewhere it begins at the decoded weight. share: the indices stay at first, and it begins
-    `within_cells`; None: it begins at the weight, and the indices become those of the nearest centroids. It is fp32, the gradient
-    and AdamW's two moments beside it are, too: 16 bytes for each weight.
+    modules: by name; those that share their indices share the latent weight. weights: where it begins, (rows, cols) by name
+    of the module, any floating dtype; elsewhere it begins at the decoded weight. share: the decoded weights stay at first,
+    and it begins `within_cells`; None: it begins at the weight, and the indices become those of the nearest centroids. It is
+    fp32, the gradient and AdamW's two moments beside it are, too: 16 bytes for each weight.
     Raises ValueError where a weight has another shape than its module or is not finite.
     """
     latents: dict[int, nn.Parameter] = {}

@@ -33,13 +33,13 @@ def read_batches(batches: Iterable[Batch] | None) -> tuple[list[Batch], list[Bat
             wanted = "dictionaries of the model's arguments, such as input_ids and attention_mask"
             raise ValueError(f"calibration: expected {wanted}, got {type(batch).__name__}")
         kept = {name: value for name, value in batch.items() if name not in ("labels", "label")}
-        if texts_in(kept) != 0:
+        if _length(kept) != 0:
             given.append(kept)
     if not given:
         raise ValueError("calibration: expected at least one batch of texts, got none")
-    while len(given) < HELD_OUT and max(map(texts_in, given)) > 1:
-        i = max(range(len(given)), key=lambda i: texts_in(given[i]))
-        half = texts_in(given[i]) // 2
+    while len(given) < HELD_OUT and max(map(_length, given)) > 1:
+        i = max(range(len(given)), key=lambda i: _length(given[i]))
+        half = _length(given[i]) // 2
         given[i : i + 1] = [
             {name: value[part] for name, value in given[i].items()} for part in (slice(None, half), slice(half, None))
         ]
@@ -48,7 +48,7 @@ def read_batches(batches: Iterable[Batch] | None) -> tuple[list[Batch], list[Bat
     return fitted or given, judged
 
 
-def texts_in(batch: Batch) -> int:
+def _length(batch: Batch) -> int:
     """Texts in a batch; 1 where that cannot be told."""
     lengths = {value.shape[0] if value.dim() else -1 for value in batch.values()}
     return lengths.pop() if len(lengths) == 1 and min(lengths) >= 0 else 1

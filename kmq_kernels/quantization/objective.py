@@ -43,7 +43,7 @@ DAMPING = 0.1  # of the mean square of an input, added to that of each: texts ar
 ROUNDING = 1e-3  # of the mean square of an input: least that is taken for how much inputs differ
 UNSEEN = 1.0  # occurrences that a word has beside those in the texts
 ADDED = 0.5  # share of an error in what is added to the output that a layer is to take back
-SHARED = 1 << 25  # values that share a codebook: of more, an embedding is not clustered for outputs, which takes copies of them
+SHARED = 1 << 25  # values that share a codebook: an embedding of more is not clustered for outputs, which takes 8 copies of them
 AT_ONCE = 1 << 22  # values that are clustered for outputs at once, where more of them share no codebook
 
 
@@ -212,17 +212,14 @@ class _Search:
         gain = getattr(group.norm, "weight", None)
         found = {}
         for weight in group.weights:
-            moments = self._gradients.get(id(group.layers[0]))
+            seen = [self._gradients[id(layer)] for layer in layers_of(weight) if id(layer) in self._gradients]
             shared = self.config.rows_per_codebook(rows) * weight.cols
             weigh = self.importance[weight.name]
-            if weigh is None and moments is not None and shared <= SHARED:
-                matrix = weight.tensor.float().contiguous()
-                gram = moments / moments.diagonal().mean()
+            if weigh is None and seen and shared <= SHARED:
+                moments = torch.stack(seen).sum(0)
+                gram = (moments / moments.diagonal().mean()).float()
                 gram.diagonal().add_(DAMPING)
-                often = count / count.mean()
-                found[weight.name], _ = self._clustered(
-                    weight, matrix, gram.diagonal() * often[:, None], gram, matrix @ gram, often
-                )
+                found[weight.name] = self._clustered_embedding(weight, gram, count / count.mean())
                 continue
             if weigh is None:
                 ones = torch.ones(weight.cols, device=count.device)
@@ -232,6 +229,11 @@ class _Search:
                 [weight.tensor.contiguous()], [weight.bits or 0], self.config, importance=[weigh], names=[weight.parameter]
             )
         return found
+
+    def _clustered_embedding(self, weight: Weight, gram: Tensor, often: Tensor) -> EncodedWeight:
+        matrix = weight.tensor.float()
+        weigh, nothing = gram.diagonal() * often[:, None], gram.new_zeros(weight.cols)
+        return self._clustered(weight, matrix, weigh, gram, lambda rows: matrix[rows] @ gram, often, nothing)[0]
 
     def _linear(self, group: Group) -> dict[str, EncodedWeight]:
         """Fitted to what reaches the layers."""
@@ -299,41 +301,47 @@ class _Search:
             row_weight = given.float().mean(1)
             row_weight = row_weight / row_weight.mean().clamp_min(1e-30)
             weigh = weigh * row_weight[:, None]
-        encoded, decoded = self._clustered(weight, wanted, weigh, gram, linear, row_weight)
-        return (
-            encoded if bias is None else encoded._replace(bias=(bias.detach().float() + aim - decoded @ moments.x).to(bias.dtype))
-        )
+        encoded, outputs = self._clustered(weight, wanted, weigh, gram, linear.__getitem__, row_weight, moments.x)
+        return encoded if bias is None else encoded._replace(bias=(bias.detach().float() + aim - outputs).to(bias.dtype))
 
     def _clustered(
-        self, weight: Weight, wanted: Tensor, weigh: Tensor, gram: Tensor, linear: Tensor, row_weight: Tensor | None
+        self,
+        weight: Weight,
+        wanted: Tensor,
+        weigh: Tensor,
+        gram: Tensor,
+        linear: Callable[[slice], Tensor],
+        row_weight: Tensor | None,
+        vector: Tensor,
     ) -> tuple[EncodedWeight, Tensor]:
-        """A weight clustered for its outputs, see `OutputProblem`, and what it decodes to; some rows after the others where they
-        share no codebook. It begins at `wanted`, clustered with the importance `weigh`."""
+        """A weight clustered for its outputs, see `OutputProblem`, and its product with a vector (cols,); some rows after the
+        others where they share no codebook. linear: B of some rows. It begins at `wanted`, clustered with importance `weigh`."""
         bits, group_rows = weight.bits or 0, self.config.rows_per_codebook(weight.rows)
-        (start,) = encode_weights([wanted], [bits], self.config, importance=[weigh.contiguous()], names=[weight.parameter])
+        (start,) = encode_weights(
+            [wanted.contiguous()], [bits], self.config, importance=[weigh.contiguous()], names=[weight.parameter]
+        )
         free = exact = None
         if start.outlier_index is not None and start.outlier_values is not None:
             index = start.outlier_index.long()
             free = torch.zeros(wanted.numel(), dtype=torch.bool, device=wanted.device).index_fill_(0, index, True).view_as(wanted)
             exact = torch.zeros_like(wanted).view(-1).index_copy_(0, index, start.outlier_values).view_as(wanted)
         step = max(1, AT_ONCE // (group_rows * weight.cols)) * group_rows
-        found: list[Clusters] = []
-        outputs: list[Tensor] = []
+        found: list[tuple[Tensor | None, ...]] = []
+        error = 0.0
         for rows in (slice(first, first + step) for first in range(0, weight.rows, step)):
             places, values, scale, weights = (
                 None if value is None else value[rows] for value in (free, exact, start.row_scale, row_weight)
             )
-            problem = OutputProblem(gram, linear[rows], bits, group_rows, weights, places)
+            problem = OutputProblem(gram, linear(rows), bits, group_rows, weights, places)
             book = start.codebook[rows.start // group_rows : -(-rows.stop // group_rows)]
             begun = Clusters(book, ops.unpack(start.packed[rows], bits, weight.cols), scale, values)
-            found.append(fit_outputs(problem, begun))
-            outputs.append(problem.decoded(found[-1]))
-        clusters = Clusters(*(_joined(parts) for parts in zip(*found, strict=True)))
-        decoded = torch.cat(outputs)
-        values = None if clusters.exact is None or free is None else clusters.exact[free]
-        error = float((weight.tensor.float() - decoded).square().sum(dtype=torch.float64))
-        packed = ops.pack(clusters.codes, bits)
-        return EncodedWeight(clusters.codebook, packed, clusters.scale, start.outlier_index, values, error), decoded
+            clusters = fit_outputs(problem, begun)
+            decoded = problem.decoded(clusters)
+            error += float((weight.tensor[rows].float() - decoded).square().sum(dtype=torch.float64))
+            values = None if clusters.exact is None or places is None else clusters.exact[places]
+            found.append((clusters.codebook, ops.pack(clusters.codes, bits), clusters.scale, values, decoded @ vector))
+        codebook, packed, scale, values, product = (_joined(parts) for parts in zip(*found, strict=True))
+        return EncodedWeight(codebook, packed, scale, start.outlier_index, values, error), product
 
 
 def _joined(parts: tuple[Any, ...]) -> Any:
@@ -353,24 +361,35 @@ def _own_bias(weight: Weight, model: nn.Module) -> nn.Parameter | None:
 
 @contextmanager
 def _prepared(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and products of fp32 values as exact as fp32; afterwards as it was.
-
-    What `torch.set_float32_matmul_precision` allows for speed, 8 or 11 bits of each factor, is less than second moments need.
-    """
+    """Eval mode, and products of fp32 values as exact as fp32; afterwards as it was."""
     training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with _full_precision():
+            yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """What `torch.set_float32_matmul_precision` allows, 8 or 11 bits of each factor, is less than second moments need."""
     backends: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     precisions = [backend.fp32_precision for backend in backends]
+    if not {"bf16", "tf32"}.intersection(precisions):
+        yield
+        return
     try:
         overall = torch.get_float32_matmul_precision()
     except RuntimeError:  # there is none where backends were set one by one
         overall = "highest"
     try:
         torch.set_float32_matmul_precision("highest")
-        model.eval()
         yield
     finally:
         torch.set_float32_matmul_precision(overall)
         for backend, precision in zip(backends, precisions, strict=True):
-            backend.fp32_precision = precision
-        for module, was in training.items():
-            module.training = was
+            backend.fp32_precision = "none"  # which is that of all, so that one that was inherited stays inherited
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision

@@ -54,8 +54,8 @@ def matching_weights(model: nn.Module, source: Any) -> dict[str, torch.Tensor]:
 @contextlib.contextmanager
 def moving(model: nn.Module, source: Any = None) -> Iterator[list[nn.Parameter]]:
     """While it is open the codebook modules of `model` have latent weights, which it gives; those of `source` (the model in
-    floating point that it was made from) where there is one, else the decoded ones. Of objective "output" the indices stay at
-    first, for that knew more than distances of weights. `Settle` keeps the indices up to date."""
+    floating point that it was made from) where there is one, else the decoded ones. Of objective "output" the decoded weights
+    stay at first, for that knew more than distances of weights. `Settle` keeps the indices up to date."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, CodebookModule)}
     if not modules:
         raise PipelineError("assignments: expected a quantized model for 'moving', got one without codebooks")

@@ -198,6 +198,8 @@ class Run:
                 raise PipelineError(f"{self.out}: it exists and is not a run of this command; choose another folder or remove it")
             return request
         before = {"stage3_of": {}, **json.loads(marker.read_text())}
+        if not isinstance(self.task, Texts):  # a run that was begun before there was the field does not need it
+            before["sensitivity"] = {"text_batches": self.sensitivity.text_batches, **before["sensitivity"]}
         shared = [name for name in request["configs"] if name in before["configs"]]
         everywhere = ("configs", "stage3_of")
 
