@@ -13,7 +13,7 @@ from ..files import one_line
 from .weights import Weight
 
 Batch = dict[str, Any]
-HELD_OUT = 5  # every fifth batch
+HELD_OUT, MOST_HELD_OUT = 5, 8  # every fifth batch, but no more than so many
 
 
 class _Enough(Exception):
@@ -21,7 +21,7 @@ class _Enough(Exception):
 
 
 def read_batches(batches: Iterable[Batch] | None) -> tuple[list[Batch], list[Batch]]:
-    """The batches to fit to and those to judge by (every fifth), without labels; few batches are cut into smaller ones.
+    """The batches to fit to and those to judge by (every fifth, or eight), without labels; few batches are cut into smaller ones.
 
     Raises ValueError where there is none, or one that is no dictionary of tensors.
     """
@@ -43,7 +43,8 @@ def read_batches(batches: Iterable[Batch] | None) -> tuple[list[Batch], list[Bat
         given[i : i + 1] = [
             {name: value[part] for name, value in given[i].items()} for part in (slice(None, half), slice(half, None))
         ]
-    judged = given[HELD_OUT - 1 :: HELD_OUT] or given[-1:]
+    apart = max(HELD_OUT, -(-len(given) // MOST_HELD_OUT))
+    judged = given[apart - 1 :: apart] or given[-1:]
     fitted = [batch for batch in given if not any(batch is other for other in judged)]
     return fitted or given, judged
 

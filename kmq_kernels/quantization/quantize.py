@@ -40,7 +40,7 @@ def quantize_(
     its fields will do. sample_weight: importance of each weight, {module name: a tensor like it, not negative}, default equal;
     allocation and weighting "fisher" need it, see `sensitivity.importance`. eigenvalues: largest one of the Hessian of each
     weight, {module name: value}, for allocation "hessian". calibration: for objective "output" batches of unlabelled texts,
-    dictionaries of the model's arguments (a few hundred texts; every fifth batch is held out to judge by). progress: a progress
+    dictionaries of the model's arguments (a few hundred texts; every fifth batch, eight at most, is held out to judge by). progress: a progress
     bar; None shows one where the work is long. Returns the config with `skip` resolved to the layers that were left and, where
     there was a budget, `module_bits` to the bits chosen. A weight that several modules share is clustered once and stays shared.
     Hooks, attributes, options and whether a weight trains are carried over; a layer where that cannot be done stays as it is, and

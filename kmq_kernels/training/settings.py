@@ -70,5 +70,5 @@ class SensitivitySettings:
     hessian_batch_size: int = 8
     hessian_iterations: int = 5
     output_batches: int = 32
-    text_batches: int = 128
+    text_batches: int = 192
     output_batch_size: int = 16

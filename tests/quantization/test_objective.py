@@ -254,6 +254,13 @@ def test_groups_of_a_family(family):
 def test_batches_are_held_out_and_cut():
     fitted, judged = read_batches(_batches(11))
     assert (len(fitted), len(judged)) == (9, 2)
+    for count in (39, 40, 41, 50, 192, 200):
+        numbered = [{"input_ids": torch.full((8, 4), i)} for i in range(count)]
+        fitted, judged = read_batches(numbered)
+        places = [int(batch["input_ids"][0, 0]) for batch in judged]
+        assert (len(fitted) + len(judged), len(judged) <= 8) == (count, True)
+        assert len(judged) >= 6
+        assert {one - other for one, other in zip(places[1:], places, strict=False)} == {places[0] + 1}
     fitted, judged = read_batches(_batches(1))
     assert len(judged) == 1
     assert sum(len(batch["input_ids"]) for batch in fitted + judged) == 8
