@@ -76,11 +76,11 @@ def encode_for_outputs(
 ) -> list[EncodedWeight]:
     """What stands for each weight of `chosen`, found on the texts of `calibration`; the model is as it was afterwards.
 
-    calibration: batches, dictionaries of the model's arguments; every fifth, or eight in all, is held out to judge by. importance: see
-    `encode_weights`; the rows of a linear layer are weighted with its mean. finished: what an earlier call gave on_group, by name
-    of the weight; it is taken as it is. on_group is called after each group with what stands for its weights. progress: see
-    `quantize_`. Raises ValueError where there are no batches or the model does not take them, and, naming the layer, for inputs
-    that are NaN or Inf.
+    calibration: batches, dictionaries of the model's arguments; every fifth, or eight in all, is held out to judge by.
+    importance: see `encode_weights`; the rows of a linear layer are weighted with its mean. finished: what an earlier call
+    gave on_group, by name of the weight; it is taken as it is. on_group is called after each group with what stands for its
+    weights. progress: see `quantize_`. Raises ValueError where there are no batches or the model does not take them, and,
+    naming the layer, for inputs that are NaN or Inf.
     """
     fitted, judged = read_batches(calibration)
     given: list[Tensor | None] = [None] * len(chosen) if importance is None else importance

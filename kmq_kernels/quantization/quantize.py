@@ -36,20 +36,20 @@ def quantize_(
 ) -> KMQConfig:
     """Clusters every embedding and linear weight except the classification layer, and swaps in codebook modules, in place.
 
-    model: any torch module; a transformers model can be saved with `save_pretrained` afterwards. config: see KMQConfig; a dict of
-    its fields will do. sample_weight: importance of each weight, {module name: a tensor like it, not negative}, default equal;
-    allocation and weighting "fisher" need it, see `sensitivity.importance`. eigenvalues: largest one of the Hessian of each
-    weight, {module name: value}, for allocation "hessian". calibration: for objective "output" batches of unlabelled texts,
-    dictionaries of the model's arguments (a few hundred texts; every fifth batch, eight at most, is held out to judge by). progress: a progress
-    bar; None shows one where the work is long. Returns the config with `skip` resolved to the layers that were left and, where
-    there was a budget, `module_bits` to the bits chosen. A weight that several modules share is clustered once and stays shared.
-    Hooks, attributes, options and whether a weight trains are carried over; a layer where that cannot be done stays as it is, and
-    a warning names it. Warnings also say which patterns match nothing, and how much stays in floating point where it is more than
-    5 %.
-    Raises ValueError naming the parameter for NaN, Inf or an empty weight, where the model is quantized already, is one layer or
-    is on the meta device, where the config needs figures or batches that were not given, where a batch gives NaN or Inf in the
-    inputs of a layer, and BudgetError for a budget that cannot be met,
-    with the smallest possible; the model is then as it was.
+    model: any torch module; a transformers model can be saved with `save_pretrained` afterwards. config: see KMQConfig; a
+    dict of its fields will do. sample_weight: importance of each weight, {module name: a tensor like it, not negative},
+    default equal; allocation and weighting "fisher" need it, see `sensitivity.importance`. eigenvalues: largest one of the
+    Hessian of each weight, {module name: value}, for allocation "hessian". calibration: for objective "output" batches of
+    unlabelled texts, dictionaries of the model's arguments (a few hundred texts; every fifth batch, eight at most, is held
+    out to judge by). progress: a progress bar; None shows one where the work is long. Returns the config with `skip` resolved
+    to the layers that were left and, where there was a budget, `module_bits` to the bits chosen. A weight that several
+    modules share is clustered once and stays shared. Hooks, attributes, options and whether a weight trains are carried over;
+    a layer where that cannot be done stays as it is, and a warning names it. Warnings also say which patterns match nothing,
+    and how much stays in floating point where it is more than 5 %.
+    Raises ValueError naming the parameter for NaN, Inf or an empty weight, where the model is quantized already, is one layer
+    or is on the meta device, where the config needs figures or batches that were not given, where a batch gives NaN or Inf in
+    the inputs of a layer, and BudgetError for a budget that cannot be met, with the smallest possible; the model is then as
+    it was.
     """
     if any(isinstance(module, CodebookModule) for module in model.modules()):
         raise ValueError("model: it is quantized already; use dequantize_ first")
