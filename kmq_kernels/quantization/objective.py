@@ -43,7 +43,7 @@ DAMPING = 0.1  # of the mean square of an input, added to that of each: texts ar
 ROUNDING = 1e-3  # of the mean square of an input: least that is taken for how much inputs differ
 UNSEEN = 1.0  # occurrences that a word has beside those in the texts
 ADDED = 0.5  # share of an error in what is added to the output that a layer is to take back
-SHARED = 1 << 25  # values that share a codebook: an embedding of more is not clustered for outputs, which takes 8 copies of them
+SHARED = 1 << 25  # values that share a codebook: an embedding of more is not clustered for outputs, which takes 9 copies of them
 AT_ONCE = 1 << 22  # values that are clustered for outputs at once, where more of them share no codebook
 
 
