@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # torch 2.13.0 on a processor with bf16 instructions: torch.set_float32_matmul_precision("medium") makes fp32 products of layers
-# 2 to 5 times as fast, and scaled_dot_product_attention of short texts 10 to 30 times slower, both ways: its CPU kernel
+# 2 to 5 times as fast, and scaled_dot_product_attention of short texts 10 to 30 times slower: its CPU kernel
 # multiplies small blocks one by one, and each of these goes to oneDNN. The products written out (matmul, softmax, matmul) do not
 # suffer. Seen (2026-11, Xeon with AMX, one thread, 32 texts of 16 tokens, 12 heads of 32): forward 0.5 ms, with "medium" 15 ms.
 # Fails if that changes. Where the processor has no bf16 instructions the setting does nothing, and the script says so and fails.

@@ -232,8 +232,8 @@ class _Search:
 
     def _clustered_embedding(self, weight: Weight, gram: Tensor, often: Tensor) -> EncodedWeight:
         matrix = weight.tensor.float()
-        weigh, nothing = gram.diagonal() * often[:, None], gram.new_zeros(weight.cols)
-        return self._clustered(weight, matrix, weigh, gram, lambda rows: matrix[rows] @ gram, often, nothing)[0]
+        weigh = gram.diagonal() * often[:, None]
+        return self._clustered(weight, matrix, weigh, gram, lambda rows: matrix[rows] @ gram, often)
 
     def _linear(self, group: Group) -> dict[str, EncodedWeight]:
         """Fitted to what reaches the layers."""
@@ -301,8 +301,11 @@ class _Search:
             row_weight = given.float().mean(1)
             row_weight = row_weight / row_weight.mean().clamp_min(1e-30)
             weigh = weigh * row_weight[:, None]
-        encoded, outputs = self._clustered(weight, wanted, weigh, gram, linear.__getitem__, row_weight, moments.x)
-        return encoded if bias is None else encoded._replace(bias=(bias.detach().float() + aim - outputs).to(bias.dtype))
+        encoded = self._clustered(weight, wanted, weigh, gram, linear.__getitem__, row_weight)
+        if bias is None:
+            return encoded
+        outputs = decode(encoded, weight.cols, self.config.rows_per_codebook(weight.rows)) @ moments.x
+        return encoded._replace(bias=(bias.detach().float() + aim - outputs).to(bias.dtype))
 
     def _clustered(
         self,
@@ -312,10 +315,9 @@ class _Search:
         gram: Tensor,
         linear: Callable[[slice], Tensor],
         row_weight: Tensor | None,
-        vector: Tensor,
-    ) -> tuple[EncodedWeight, Tensor]:
-        """A weight clustered for its outputs, see `OutputProblem`, and its product with a vector (cols,); some rows after the
-        others where they share no codebook. linear: B of some rows. It begins at `wanted`, clustered with importance `weigh`."""
+    ) -> EncodedWeight:
+        """A weight clustered for its outputs, see `OutputProblem`; some rows after the others where they share no codebook.
+        linear: B of some rows. It begins at `wanted`, clustered with importance `weigh`."""
         bits, group_rows = weight.bits or 0, self.config.rows_per_codebook(weight.rows)
         (start,) = encode_weights(
             [wanted.contiguous()], [bits], self.config, importance=[weigh.contiguous()], names=[weight.parameter]
@@ -339,9 +341,9 @@ class _Search:
             decoded = problem.decoded(clusters)
             error += float((weight.tensor[rows].float() - decoded).square().sum(dtype=torch.float64))
             values = None if clusters.exact is None or places is None else clusters.exact[places]
-            found.append((clusters.codebook, ops.pack(clusters.codes, bits), clusters.scale, values, decoded @ vector))
-        codebook, packed, scale, values, product = (_joined(parts) for parts in zip(*found, strict=True))
-        return EncodedWeight(codebook, packed, scale, start.outlier_index, values, error), product
+            found.append((clusters.codebook, ops.pack(clusters.codes, bits), clusters.scale, values))
+        codebook, packed, scale, values = (_joined(parts) for parts in zip(*found, strict=True))
+        return EncodedWeight(codebook, packed, scale, start.outlier_index, values, error)
 
 
 def _joined(parts: tuple[Any, ...]) -> Any:
@@ -375,6 +377,7 @@ def _prepared(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """What `torch.set_float32_matmul_precision` allows, 8 or 11 bits of each factor, is less than second moments need."""
+    # torch sets mkldnn.matmul when it is imported, so type checkers do not see it.
     backends: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     precisions = [backend.fp32_precision for backend in backends]
     if not {"bf16", "tf32"}.intersection(precisions):

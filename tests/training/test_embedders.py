@@ -191,6 +191,11 @@ def test_commands(folder, tmp_path, monkeypatch, capsys):
     assert metrics == pytest.approx(results["quantized"]["kmeans-2bit-output"]["stage3"]["metrics"], abs=1e-9)
     assert results["request"]["stage3_of"]["kmeans-2bit-output"]["assignments"] == "moving"
 
+    plain = ["--scheme", "linear", "--scheme", "kmeans", "--objective", "weights", "--second-steps", 1, "--batch-size", 8]
+    assert kmq_command(monkeypatch, "run", folder / "model", *data, *plain, "-o", tmp_path / "plain") == 0
+    assert {path.name for path in (tmp_path / "plain").glob("*-4bit")} == {"linear-4bit", "kmeans-4bit"}
+    assert "linear-4bit, stage 3" in capsys.readouterr().out
+
     second = tmp_path / "out/kmeans-2bit-output/stage2"
     alone = ["finetune", second, *data, "--steps", 2, "--batch-size", 8, "-o", tmp_path / "alone", "--json"]
     assert kmq_command(monkeypatch, *alone, "--teacher", folder / "model") == 0

@@ -90,6 +90,19 @@ def test_each_stage_keeps_what_it_was_made_with(folder, monkeypatch):
         run_of(folder, configs={"kmeans-4bit": kmq.KMQConfig(bits=4)}, stage3_of={"kmeans-4bit": None})()
 
 
+def test_a_folder_from_before_a_field_goes_on(folder):
+    """How many texts a run without labels clusters on is nothing to a run that has labels."""
+    options = {"stage3_of": {"kmeans-2bit": None}}
+    run_of(folder, **options)()
+    marker = folder / "out/run.json"
+    before = json.loads(marker.read_text())
+    del before["sensitivity"]["text_batches"]
+    marker.write_text(json.dumps(before))
+    said = []
+    run_of(folder, announce=said.append, **options)()
+    assert all("finished earlier" in line for line in said)
+
+
 def test_own_data_is_called_by_folder_and_file(folder, tmp_path_factory):
     assert run_of(folder).request()["task"] == f"{folder.name}/train.csv"
 
