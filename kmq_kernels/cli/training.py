@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -154,7 +155,8 @@ def run(
         option(QUANTIZATION, "none|fisher", "What weighs the values in the clustering: nothing, or the Fisher diagonal."),
     ] = Weighting.none,
     objective: Annotated[
-        Objective, option(QUANTIZATION, "weights|output", KEPT_NEAR, default="weights; output for the task texts")
+        Objective,
+        option(QUANTIZATION, "weights|output", KEPT_NEAR, default="weights; output where assignments move and for texts"),
     ] = Objective.weights,
     outlier_fraction: OutlierFraction = 0.0,
     row_scale: RowScale = False,
@@ -242,7 +244,6 @@ def run(
     from .. import report as reports
     from .. import training
     from ..files import parse_size
-    from ..quantization import KMQConfig
     from ..tasks import Texts
 
     quieten(verbose)
@@ -267,11 +268,9 @@ def run(
         kinds: list[dict[str, Any]] = [{"scheme": kind.value} for kind in scheme or []] or [{}]
         widths: list[dict[str, Any]] = [{"bits": each} for each in bits or []] or [{}]
         own = Command.given(options)
-        nearer = {} if preset is not None or not all(isinstance(each, Texts) for each in tasks) else {"objective": "output"}
-        for kind in kinds:
-            kind.update({**(nearer if kind.get("scheme", "kmeans") == "kmeans" else {}), **own})
-        configs = [KMQConfig(**kind, **each) for kind in kinds for each in widths]
         asked = None if assignments is None else assignments.value
+        texts = all(isinstance(each, Texts) for each in tasks)
+        configs = [_config({**kind, **each, **own}, asked, texts) for kind in kinds for each in widths]
         moving_steps = moving_steps or given_steps or training.MOVING_STEPS
         variants = [_variant(config, asked, moving_steps, distill) for config in configs]
     elif compare == "standard":
@@ -319,6 +318,21 @@ def run(
     print(json.dumps(content) if as_json else f"\n{text}\n\nwritten: {written}")
     if sentences := [sentence for results in everything for sentence in training.stopped_stages(results)]:
         raise training.DivergedError("; ".join(sentences))  # after all else is done and written
+
+
+def _config(fields: dict[str, Any], asked: Any, texts: bool) -> Any:
+    """A configuration of `run`; k-means without an objective is against outputs where assignments move and for texts.
+
+    fields: of KMQConfig, what was given; asked: what is done with the indices, None for what suits the bits.
+    """
+    from .. import training
+    from ..quantization import KMQConfig
+
+    config = KMQConfig(**fields)
+    moves = (asked or training.default_assignments(config)) == "moving"
+    if "objective" in fields or config.preset is not None or config.scheme != "kmeans" or not (moves or texts):
+        return config
+    return dataclasses.replace(config, objective="output")
 
 
 def _name(config: Any) -> str:

@@ -155,12 +155,38 @@ def test_the_command_names_what_moves(folder, tmp_path, monkeypatch, capsys):
     assert kmq_command(monkeypatch, *common, "--assignments", "moving", "--moving-steps", 2, "--no-distill") == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     steps = {name: len(stages["stage3"]["losses"]) for name, stages in results["quantized"].items()}
-    assert steps == {"kmeans-2bit": 3, "kmeans-3bit": 3, "kmeans-2bit-moving": 2, "kmeans-3bit-moving": 2}
+    assert steps == {"kmeans-2bit-output": 3, "kmeans-3bit": 3, "kmeans-2bit-output-moving": 2, "kmeans-3bit-output-moving": 2}
     settings = results["request"]["stage3_of"]
     assert "kmeans-3bit" not in settings
     chosen = {name: (each["assignments"], each["distill"]) for name, each in settings.items()}
-    assert chosen["kmeans-2bit"] == ("moving", True)
-    assert chosen["kmeans-2bit-moving"] == chosen["kmeans-3bit-moving"] == ("moving", False)
+    assert chosen["kmeans-2bit-output"] == ("moving", True)
+    assert chosen["kmeans-2bit-output-moving"] == chosen["kmeans-3bit-output-moving"] == ("moving", False)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--bits", 1], {"kmeans-1bit-output"}),
+        (["--bits", 2, "--scheme", "kmeans", "--scheme", "linear"], {"kmeans-2bit-output", "linear-2bit"}),
+        (["--bits", 2, "--objective", "weights"], {"kmeans-2bit"}),
+        (["--bits", 2, "--assignments", "fixed"], {"kmeans-2bit"}),
+        (["--bits-per-weight", 2, "--allocation", "distortion"], {"kmeans-distortion-2bpw"}),
+        (["--bits", 2, "--preset", "paper"], {"paper-2bit"}),
+    ],
+)
+def test_codebooks_are_against_outputs_where_assignments_move(options, wanted, folder, tmp_path, monkeypatch):
+    """Unless the command says otherwise."""
+    asked = {}
+
+    def noted(comparison):
+        asked.update({variant.name: variant.config.objective for variant in comparison.variants})
+        raise training.PipelineError("noted")
+
+    monkeypatch.setattr(training.Comparison, "run_of", lambda comparison, *_: noted(comparison))
+    data = ["--train-file", folder / "train.csv", "--validation-file", folder / "dev.csv"]
+    assert kmq_command(monkeypatch, "run", folder / "model", *data, *options, "-o", tmp_path / "out") == 1
+    assert set(asked) == wanted
+    assert all((objective == "output") == ("output" in name) for name, objective in asked.items())
 
 
 def test_a_packed_model_follows_its_teacher_by_itself(folder, tmp_path, monkeypatch):

@@ -324,7 +324,7 @@ def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
             "size: the smallest possible for this model is",
         ),
         (["run", "{}/model", "--compare", "{}/none.json"], 1, "not a list of configurations"),
-        (["run", "{}/model", "--bits", "2", "--bits", "2"], 1, "kmeans-2bit: asked for twice"),
+        (["run", "{}/model", "--bits", "2", "--bits", "2"], 1, "kmeans-2bit-output: asked for twice"),
         (["report", "{}"], 1, "no results of `kmq run`"),
         (["finetune", "{}/model", "-o", "{}"], 1, "it exists"),
         (["evaluate", "{}/nowhere"], 1, "no such model folder"),
