@@ -1,6 +1,6 @@
 """A step of the second fine-tuning (stage 3) beside a step of ordinary fp32 fine-tuning: time, and peak memory above the model.
 
-Both are the same MiniLM classifier with random weights, the same batches, AdamW, and no gradient clipping; stage 3 has every
+Both are the same MiniLM classifier with random weights, the same batches, fused AdamW, no gradient clipping; stage 3 has every
 embedding and linear weight but the classifier in codebooks. Times: both models in one process, steps interleaved, the median of
 the ratios of neighbours. Memory: a process of its own for each, the peak resident size over five steps above that of the loaded
 model (Linux).
@@ -37,11 +37,12 @@ def classifier() -> nn.Module:
 def prepare(kind: str, model: nn.Module, bits: int) -> torch.optim.Optimizer:
     """Makes `model` what the stage trains, and its optimizer."""
     if kind == "fp32":
-        return torch.optim.AdamW(model.parameters(), lr=1e-4)
+        return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     kmq.quantize_(model, kmq.KMQConfig(bits=bits))
     codebooks = [p for name, p in model.named_parameters() if name.endswith("codebook")]
     others = [p for name, p in model.named_parameters() if p.requires_grad and not name.endswith("codebook")]
-    return torch.optim.AdamW([{"params": others}, {"params": codebooks, "lr": 5e-4, "weight_decay": 0.0}], lr=1e-4)
+    groups = [{"params": others}, {"params": codebooks, "lr": 5e-4, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-4, fused=True)
 
 
 def batch(size: int, length: int, seed: int) -> dict[str, Tensor]:
@@ -77,7 +78,7 @@ def peak(kind: str, bits: int, size: int, length: int, threads: int) -> dict[str
     codebooks = [p for name, p in model.named_parameters() if name.endswith("codebook")]
     others = [p for name, p in model.named_parameters() if p.requires_grad and not name.endswith("codebook")]
     groups = [{"params": others}, {"params": codebooks, "weight_decay": 0.0}] if codebooks else prepared
-    optimizer = torch.optim.AdamW(groups, lr=1e-4)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
     with torch.no_grad():  # what PyTorch loads at its first product belongs to no stage
         model(**batch(1, 8, 0))
     ctypes.CDLL(None).malloc_trim(0)
