@@ -119,7 +119,9 @@ class _StageTrainer(Trainer):
         if self.optimizer is None:
             groups = parameter_groups(cast(nn.Module, self.model), self._settings)
             # Unfused a step on every weight of a small model takes a third of the time of its forward, or more.
-            self.optimizer = torch.optim.AdamW(groups, lr=self._settings.learning_rate, fused=True)
+            devices = {parameter.device.type for group in groups for parameter in group["params"]}
+            fused = True if devices <= {"cpu", "cuda"} else None  # other devices may have none
+            self.optimizer = torch.optim.AdamW(groups, lr=self._settings.learning_rate, fused=fused)
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
