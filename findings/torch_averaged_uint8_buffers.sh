@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torch 2.13.0: AveragedModel(model, use_buffers=True) averages integer buffers in their own type and says nothing. Of uint8, which
+# torch 2.13.0: the plain mean of AveragedModel(model, use_buffers=True) is of integer buffers in their own type, silently. Of uint8, which
 # packed and quantized weights are, differences wrap round: the mean of 255 and 245 becomes 122 (of 0 and 10 it is 5, which is
 # right). Counters in int64 are cut to whole numbers at every update: after 0, 1, 2, 3 the mean is 0, where it is 1.5.
 # Seen (2026-12). Fails if that changes.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -270,9 +269,9 @@ def run(
         own = Command.given(options)
         asked = None if assignments is None else assignments.value
         texts = all(isinstance(each, Texts) for each in tasks)
-        configs = [_config({**kind, **each, **own}, asked, texts) for kind in kinds for each in widths]
         moving_steps = moving_steps or given_steps or training.MOVING_STEPS
-        variants = [_variant(config, asked, moving_steps, distill) for config in configs]
+        given = [{**kind, **each, **own} for kind in kinds for each in widths]
+        variants = [_variant(fields, asked, texts, moving_steps, distill) for fields in given]
     elif compare == "standard":
         variants = training.standard_variants(bits or (1, 2, 3, 4, 8))
     else:
@@ -320,21 +319,6 @@ def run(
         raise training.DivergedError("; ".join(sentences))  # after all else is done and written
 
 
-def _config(fields: dict[str, Any], asked: Any, texts: bool) -> Any:
-    """A configuration of `run`; k-means without an objective is against outputs where assignments move and for texts.
-
-    fields: of KMQConfig, what was given; asked: what is done with the indices, None for what suits the bits.
-    """
-    from .. import training
-    from ..quantization import KMQConfig
-
-    config = KMQConfig(**fields)
-    moves = (asked or training.default_assignments(config)) == "moving"
-    if "objective" in fields or config.preset is not None or config.scheme != "kmeans" or not (moves or texts):
-        return config
-    return dataclasses.replace(config, objective="output")
-
-
 def _name(config: Any) -> str:
     """The folder of a configuration of `run`: what tells it from the others that one command can ask for."""
     name = f"{config.preset or config.scheme}-{config.bits}bit"
@@ -346,12 +330,19 @@ def _name(config: Any) -> str:
     return name
 
 
-def _variant(config: Any, asked: Any, moving_steps: int, distill: bool | None) -> Any:
-    """A configuration of `run` with its stage 3; asked: what is done with the indices, None for what suits the bits."""
-    from .. import training
+def _variant(fields: dict[str, Any], asked: Any, texts: bool, moving_steps: int, distill: bool | None) -> Any:
+    """A configuration of `run` with its stage 3; k-means is against outputs where assignments move and for texts.
 
+    fields: of KMQConfig, what was given, which stays; asked: what is done with the indices, None for what suits the bits.
+    """
+    from .. import training
+    from ..quantization import KMQConfig
+
+    config = KMQConfig(**fields)
     kind = asked or training.default_assignments(config)
     moves = kind == "moving"
+    if (moves or texts) and config.scheme == "kmeans" and config.preset is None and "objective" not in fields:
+        config = KMQConfig(**fields, objective="output")
     return training.Variant(
         f"{_name(config)}-moving" if asked == "moving" else _name(config),
         config,
