@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -249,6 +250,7 @@ def run(
     given_steps = Command.given({"second_steps": second_steps}).get("second_steps")
     if given_steps is None and all(isinstance(each, Texts) for each in tasks):
         second_steps = training.MOVING_STEPS
+    moving_steps = moving_steps or given_steps or training.MOVING_STEPS
     options: dict[str, Any] = {
         "granularity": granularity.value,
         "group_rows": group_rows,
@@ -269,13 +271,19 @@ def run(
         own = Command.given(options)
         asked = None if assignments is None else assignments.value
         texts = all(isinstance(each, Texts) for each in tasks)
-        moving_steps = moving_steps or given_steps or training.MOVING_STEPS
         given = [{**kind, **each, **own} for kind in kinds for each in widths]
         variants = [_variant(fields, asked, texts, moving_steps, distill) for fields in given]
-    elif compare == "standard":
-        variants = training.standard_variants(bits or (1, 2, 3, 4, 8))
     else:
-        variants = training.read_variants(Path(compare))
+        beside = {**options, "scheme": scheme, "grad_reduction": grad_reduction, "allocation": allocation}
+        standard = compare == "standard"
+        beside |= {"assignments": assignments, "distill": distill} | ({} if standard else {"bits": bits})
+        if name := next(iter(Command.given(beside)), None):
+            raise training.PipelineError(f"{name}: every entry of a list has its own; leave it out, or --compare")
+        entries = training.standard_variants(bits or (1, 2, 3, 4, 8)) if standard else training.read_variants(Path(compare))
+        variants = [
+            dataclasses.replace(entry, steps=moving_steps) if entry.assignments == "moving" and entry.steps is None else entry
+            for entry in entries
+        ]
     names = [variant.name for variant in variants]
     if doubled := next((name for name in names if names.count(name) > 1), None):
         raise training.PipelineError(f"{doubled}: asked for twice")
@@ -331,7 +339,8 @@ def _name(config: Any) -> str:
 
 
 def _variant(fields: dict[str, Any], asked: Any, texts: bool, moving_steps: int, distill: bool | None) -> Any:
-    """A configuration of `run` with its stage 3; k-means is against outputs where assignments move and for texts.
+    """A configuration of `run` with its stage 3; k-means without Fisher weights, which would say little then, is against outputs
+    where assignments move and for texts.
 
     fields: of KMQConfig, what was given, which stays; asked: what is done with the indices, None for what suits the bits.
     """
@@ -341,7 +350,8 @@ def _variant(fields: dict[str, Any], asked: Any, texts: bool, moving_steps: int,
     config = KMQConfig(**fields)
     kind = asked or training.default_assignments(config)
     moves = kind == "moving"
-    if (moves or texts) and config.scheme == "kmeans" and config.preset is None and "objective" not in fields:
+    free = config.scheme == "kmeans" and config.preset is None and config.weighting == "none"
+    if (moves or texts) and free and "objective" not in fields:
         config = KMQConfig(**fields, objective="output")
     return training.Variant(
         f"{_name(config)}-moving" if asked == "moving" else _name(config),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 import weakref
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import ops, packing
 from .codebook import CodebookModule
@@ -24,8 +26,12 @@ class Watched:
     """Modules, their parameters, buffers and settings as they were; `same()` says whether nothing about them has changed since.
 
     In-place writes are seen by the version that autograd counts, so those through `.data` are not, as autograd does not see them.
+    Fused optimizers do not count theirs, so a step of any torch.optim.Optimizer that has one of the parameters is noted, too.
     Parameters made under torch.inference_mode have no version: they never count as the same.
     """
+
+    _alive: ClassVar[weakref.WeakSet[Watched]] = weakref.WeakSet()
+    _alive_lock = threading.Lock()
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = [module.__dict__ for module in modules]
@@ -35,13 +41,28 @@ class Watched:
         self._tensors = [tensor for tensor in self._stored.values if tensor is not None]
         self._tracked = not any(tensor.is_inference() for tensor in self._tensors)
         self._states = self._state() if self._tracked else []
+        self._ids = frozenset(map(id, self._tensors))
+        self._stepped = False
+        _watch_optimizers()
+        with self._alive_lock:
+            self._alive.add(self)
 
     def _state(self) -> list[Any]:
         return [tensor._version for tensor in self._tensors] + [tensor.data_ptr() for tensor in self._tensors]
 
     def same(self) -> bool:
         known = self._children.same() and self._stored.same() and self._settings.same()
-        return known and self._tracked and self._state() == self._states
+        return known and self._tracked and not self._stepped and self._state() == self._states
+
+    @classmethod
+    def note_step(cls, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """What has a parameter of the optimizer is not the same any more."""
+        with cls._alive_lock:
+            alive = list(cls._alive)
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if alive else set()
+        for watched in alive:
+            if not watched._stepped and not trained.isdisjoint(watched._ids):
+                watched._stepped = True
 
     def plain(self) -> bool:
         """Whether the modules are in evaluation mode and have neither hooks nor a forward method of their own."""
@@ -49,6 +70,11 @@ class Watched:
             module["training"] or module["_forward_hooks"] or module["_forward_pre_hooks"] or "forward" in module
             for module in self._modules
         )
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(Watched.note_step)
 
 
 class _Members:

@@ -181,8 +181,8 @@ def optimize_(model: Any, compute: str | None = "float") -> Any:
 
     The ordinary forward runs in training mode, while gradients are recorded, under torch.compile, torch.export and autocast,
     with hooks, for output_attentions, output_hidden_states, inputs_embeds, masks of more than two dimensions or that leave out a
-    text's first place, and on other devices. Weights may change between calls, also in training; only writes through `.data` are
-    not seen.
+    text's first place, and on other devices. Weights may change between calls, also by steps of a torch.optim.Optimizer; only
+    writes that autograd does not count, through `.data` or by kernels of one's own, are not seen.
 
     Returns the model. Raises ValueError for another `compute`, or a model without packed layers; RuntimeError where the extension
     was not built.

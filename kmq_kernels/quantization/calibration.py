@@ -16,6 +16,9 @@ Batch = dict[str, Any]
 HELD_OUT, MOST_HELD_OUT = 5, 8  # every fifth batch, but no more than so many
 
 
+_WRONG = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
+
+
 class _Enough(Exception):
     """What was asked of a forward pass is there."""
 
@@ -95,7 +98,8 @@ class Passes:
     stand_in: what a weight is replaced with, if it is: its value as the layer stores it, or those rows of it that an embedding
     asks for, and the bias or None. It is asked when a layer runs, so that one decoded weight is in memory at a time. A pass ends
     where all that was asked of it is there. What the layers of a stack (an nn.ModuleList whose members run one after the other)
-    give is kept where it takes less memory than the model, so that the layers before the one in work are not computed again.
+    give is kept where it takes less memory than the model (twice that for a moment), so that the layers before the one in work
+    are not computed again.
     """
 
     def __init__(
@@ -132,11 +136,8 @@ class Passes:
             calls.append((module, _first(args, kwargs)))
 
         hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in {id(m): m for m in watched}.values()]
-        try:
-            self._run(0, False, hooks)
-        except (TypeError, ValueError, AttributeError, IndexError) as error:
-            name = type(self.model).__name__
-            raise ValueError(f"calibration: {name} does not take these batches ({one_line(error)})") from None
+        self._run(0, False, hooks)
+        self._look_up(next((module for module, _ in calls if id(module) in of and not isinstance(module, nn.Embedding)), None))
         for stack in stacks:
             run = [module for module, _ in calls if any(module is one for one in stack)]
             in_order = len(run) == len(stack) and all(a is b for a, b in zip(run, stack, strict=True))
@@ -153,6 +154,15 @@ class Passes:
             group = found.setdefault((weights[i].kind.plain, *ids), Group([], len(ids)))
             group.weights.append(weights[i])
         return [group._replace(norm=self._norm(group, [module for module, _ in calls])) for group in found.values()]
+
+    def _look_up(self, first: nn.Module | None) -> None:
+        """Runs every batch as far as `first`, before any work, for ids that have no embedding and texts that are too long."""
+
+        def before(module: nn.Module, args: Any) -> None:
+            raise _Enough
+
+        for number in range(1, len(self.batches)):
+            self._run(number, False, [] if first is None else [first.register_forward_pre_hook(before)])
 
     def _norm(self, group: Group, order: list[nn.Module]) -> nn.Module | None:
         """The next normalization, if its input is the output of the group's layer and something added: seen from one pass more,
@@ -211,7 +221,8 @@ class Passes:
         inside = [i for i, block in enumerate(self._stack) if any(module is group.layers[0] for module in block.modules())]
         wanted = [(number, True) for number in range(len(self.batches))] + [(number, False) for number in self.fitted]
         while inside and self._passed < inside[0]:
-            if not self._takes({one: self._block(*one) for one in wanted}):
+            kept = self._given(wanted)
+            if kept is None or not self._takes(kept):
                 self._stack = self._stack[: self._passed]
                 return
 
@@ -219,11 +230,20 @@ class Passes:
         """Goes back to the beginning: what stands for weights is about to be another."""
         self._passed, self._kept = 0, {}
 
+    def _given(self, wanted: list[tuple[int, bool]]) -> dict[tuple[int, bool], Any] | None:
+        """What the next layer of the stack gives for batches without and with what stands for weights, or None where that would
+        take more memory than the model."""
+        kept: dict[tuple[int, bool], Any] = {}
+        left = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        for one in wanted:
+            kept[one] = self._block(*one)
+            left -= _bytes(kept[one])
+            if left < 0:
+                return None
+        return kept
+
     def _takes(self, kept: dict[tuple[int, bool], Any]) -> bool:
-        """Keeps what the next layer gives, if that is small enough and all that the others need of it and of those before it."""
-        size = sum(_bytes(value) for value in kept.values())
-        if size > sum(p.numel() * p.element_size() for p in self.model.parameters()):
-            return False
+        """Keeps what the next layer gives, if that is all that the others need of it and of those before it."""
         before, wanted = (self._kept, self._passed), self.output(0, False)
         self._kept, self._passed = kept, self._passed + 1
         if all(_same(wanted, self.output(0, False)) for _ in range(2)):  # twice: nothing may write into what is kept
@@ -248,13 +268,24 @@ class Passes:
         try:
             for block in passed:
                 vars(block)["forward"] = lambda *args, **kwargs: self._kept[number, replaced]
-            with self._replaced() if replaced else contextlib.nullcontext(), contextlib.suppress(_Enough):
+            with self._replaced() if replaced else self._taken(), contextlib.suppress(_Enough):
                 return self.model(**self.batches[number])
         finally:
             for block in passed:
                 del vars(block)["forward"]
             for hook in hooks:
                 hook.remove()
+
+    @contextlib.contextmanager
+    def _taken(self) -> Iterator[None]:
+        """Raises ValueError where the model does not take the batch; that memory does not suffice stays what it is."""
+        try:
+            yield
+        except _WRONG as error:
+            if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+                raise
+            name = type(self.model).__name__
+            raise ValueError(f"calibration: {name} does not take these batches ({one_line(error)})") from None
 
     @contextlib.contextmanager
     def _replaced(self) -> Iterator[None]:

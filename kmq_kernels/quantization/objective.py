@@ -83,7 +83,15 @@ def encode_for_outputs(
     naming the layer, for inputs that are NaN or Inf.
     """
     fitted, judged = read_batches(calibration)
+    if any(batch is other for batch in fitted for other in judged):
+        warnings.warn("calibration: one text is all there is, so it judges what was fitted to it; give more", stacklevel=4)
     given: list[Tensor | None] = [None] * len(chosen) if importance is None else importance
+    if any(
+        weigh is not None and config.rows_per_codebook(weight.rows) == 1 and not issubclass(weight.kind.plain, nn.Embedding)
+        for weight, weigh in zip(chosen, given, strict=True)
+    ):
+        said = "weighting: with a codebook a row, objective 'output' takes Fisher weights for embeddings alone"
+        warnings.warn(said, stacklevel=4)
     names = [weight.parameter for weight in chosen]
     matrices = [weight.tensor.contiguous() for weight in chosen]
     plain = encode_weights(matrices, [weight.bits or 0 for weight in chosen], config, importance=given, names=names)

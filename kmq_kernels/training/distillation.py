@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .settings import PipelineError
 
 DISTILL_TEMPERATURE = 2.0
 
@@ -40,11 +43,35 @@ def distillation_loss(student: Any, teacher: Any, attention_mask: Tensor, regres
     return soft + hidden_states_loss(student.hidden_states, teacher.hidden_states, attention_mask)
 
 
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[Any]:
+    """The model in evaluation mode; afterwards its modules are in their modes again."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        yield model.eval()
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+@torch.no_grad()
+def check_follows(model: Any, tokenizer: Any) -> None:
+    """Raises PipelineError for a model that cannot be followed, for it gives no hidden states, or not one a token."""
+    batch = tokenizer(["a text"], return_tensors="pt").to(next(model.parameters()).device)
+    with evaluating(model):
+        states = getattr(model(**batch, output_hidden_states=True), "hidden_states", None)
+    if not states or any(state.shape[:2] != batch["input_ids"].shape for state in states):
+        what = "of another length than the text" if states else "of no layer"
+        raise PipelineError(
+            f"distill: {type(model).__name__} gives hidden states {what}, which nothing can follow; use --no-distill"
+        )
+
+
 class Teacher:
-    """A model that another one follows: in eval mode, without gradients."""
+    """A model that another one follows: computed with in evaluation mode and without gradients."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
 
     def outputs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
         """The outputs of `model` and of the teacher for a batch, with hidden states; the teacher is not shown the labels.
@@ -52,14 +79,10 @@ class Teacher:
         Both in evaluation mode, for the noise of dropout, which the teacher does not have, is larger than what 3 or 4 bits lack.
         So there is no gradient checkpointing either. The modules of `model` are in their modes again afterwards.
         """
-        training = {module: module.training for module in model.modules()}
-        try:
-            ours = model.eval()(**inputs, output_hidden_states=True)
-        finally:
-            for module, was in training.items():
-                module.training = was
+        with evaluating(model):
+            ours = model(**inputs, output_hidden_states=True)
         given = {name: value for name, value in inputs.items() if name != "labels"}
-        with torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             return ours, self.model(**given, output_hidden_states=True)
 
     def loss(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:

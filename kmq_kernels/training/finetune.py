@@ -22,7 +22,7 @@ from ..layers import CodebookModule
 from ..tasks import Task, Texts, class_names, tokenize
 from ..terminal import draws_bars
 from .checkpoints import Checkpoints
-from .distillation import Teacher
+from .distillation import Teacher, check_follows
 from .embedders import EmbeddingTeacher
 from .models import check_fits
 from .moving import Settle, moving
@@ -243,8 +243,8 @@ def finetune(
 
     In a quantized model the packed indices stay as they are, unless the settings let them move; codebooks and everything in
     floating point train. Classes of the task and of the model are matched by name, see `Task.for_model`. Raises PipelineError for
-    a distillation without a teacher and for moving assignments of a model without codebooks, DivergedError where a loss, or a
-    weight at the end, is NaN or Inf.
+    a distillation without a teacher, or of a model without hidden states to follow, and for moving assignments of a model without
+    codebooks, DivergedError where a loss, or a weight at the end, is NaN or Inf.
     """
     if settings.distill and teacher is None:
         raise PipelineError("distill: expected a model to distill from; `kmq run` has one, the model of stage 1")
@@ -290,6 +290,8 @@ def _train(
     resumable: bool,
 ) -> list[float]:
     """Trains on tokens, following a teacher where there is one; `source`: see `moving`."""
+    if follows is not None:
+        check_follows(model, tokenizer)
     with contextlib.ExitStack() as stack:
         if settings.assignments == "moving":
             stack.enter_context(moving(model, source))

@@ -67,7 +67,10 @@ _POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "w
 def check_fits(model: Any, tokenizer: Any, max_length: int) -> None:
     """Raises PipelineError where texts would have positions, or tokens, that the model has no embedding of."""
     words = max(tokenizer.get_vocab().values(), default=-1) + 1
-    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # characters that are hashed
+        rows = None
     if rows is not None and words > rows:
         raise PipelineError(f"tokenizer: it has {words:,} words, the model {rows:,}; they do not belong together")
     for name, module in model.named_modules():

@@ -39,6 +39,7 @@ from ..files import find_source, locked, publish, write_json
 from ..hf import Quality, load
 from ..quantization import KMQConfig, check_budget, model_size, plan, quantize_, refuse_unmatched
 from ..tasks import Task, Texts, class_names
+from .distillation import check_follows
 from .embedders import EmbeddingMetrics, EmbeddingTeacher, load_embedder, pooling_of
 from .facts import layer_facts, peak_memory, reset_peak_memory, versions
 from .finetune import calibration_batches, distil, evaluate, finetune
@@ -154,14 +155,19 @@ class Run:
         first_stage = [] if isinstance(self.task, Texts) else [self.stage1]
         for settings in (*first_stage, self.stage3, *filter(None, self.stage3_of.values())):
             check_fits(model, tokenizer, settings.max_length)
+        if any(training is not None and training.distill for training in map(self._stage3, self.configs)):
+            check_follows(model, tokenizer)
         for config in new:
             refuse_unmatched(plan(model, config), config, type(model).__name__)
             check_budget(model, config)
         return [] if begun else [(model, tokenizer)]
 
+    def _stage3(self, name: str) -> TrainingSettings | None:
+        return self.stage3_of.get(name, self.stage3)
+
     def _configuration(self, name: str, config: KMQConfig, first: Path) -> None:
         second, third = self.out / name / "stage2", self.out / name / "stage3"
-        training = self.stage3_of.get(name, self.stage3)
+        training = self._stage3(name)
         self._stage(second, f"{name}, stage 2: cluster", lambda: self._quantized(first, config), None)
         if training is not None:
 
@@ -190,7 +196,7 @@ class Run:
         if self.stage1.assignments == "moving" or self.stage1.distill:
             raise PipelineError("stage1: expected fixed assignments and no distillation: it comes before all that is quantized")
         for name, config in self.configs.items():
-            if (training := self.stage3_of.get(name, self.stage3)) is not None:
+            if (training := self._stage3(name)) is not None:
                 check_assignments(training.assignments, config)
         request = json.loads(json.dumps(self.request()))
         if not marker.is_file():
@@ -204,7 +210,8 @@ class Run:
         everywhere = ("configs", "stage3_of")
 
         def asked(content: dict[str, Any]) -> dict[str, Any]:
-            named = {name: {**content["configs"][name], "stage3": content["stage3_of"].get(name, "as all")} for name in shared}
+            every = content["stage3_of"]
+            named = {name: {**content["configs"][name], "stage3": every.get(name, content["stage3"])} for name in shared}
             return {**{key: value for key, value in content.items() if key not in everywhere}, "configs": named}
 
         if what := difference(asked(before), asked(request)):

@@ -76,7 +76,10 @@ def e4m3_values(bytes, DTYPE: tl.constexpr):
 
 @triton.jit
 def quantize_rows_kernel(input, out, scale, IN, stride, BITS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Row r of input (M, IN) as E4M3 bytes, in whole blocks of 128 columns in the decoder's order; scale[r] = largest / 448."""
+    """Row r of input (M, IN) as E4M3 bytes, in whole blocks of 128 columns in the decoder's order; scale[r] = largest / 448.
+
+    A row with nothing from 1e-30 up becomes zeros.
+    """
     row = tl.program_id(0).to(tl.int64)
     input += row * IN
     out += row * stride
@@ -86,7 +89,7 @@ def quantize_rows_kernel(input, out, scale, IN, stride, BITS: tl.constexpr, BLOC
         x = tl.load(input + start + place, mask=start + place < IN, other=0.0).to(tl.float32)
         most = tl.maximum(most, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
     largest = tl.reduce(most, 0, _larger)
-    largest = tl.where(largest == 0.0, 448.0, largest)  # of a row of zeros
+    largest = tl.where(largest < 1e-30, 448.0, largest)  # a row of zeros, or next to them: 448 / largest would be Inf
     per_scale = 448.0 / largest
     tl.store(scale + row, largest / 448.0)
     column = place // 128 * 128 + column_of(place % 128, BITS)

@@ -1,6 +1,7 @@
 """optimize_: encoders in one call of compiled code, against transformers' own modules in float64."""
 
 import copy
+import functools
 import inspect
 import io
 import json
@@ -249,7 +250,10 @@ def test_hooks_training_and_gradients_take_the_ordinary_way():
 
 
 @pytest.mark.parametrize("compute", ["float", "int8"])
-def test_weights_that_change_are_seen(compute):
+@pytest.mark.parametrize(
+    "kind", [torch.optim.SGD, functools.partial(torch.optim.SGD, fused=True), functools.partial(torch.optim.AdamW, fused=True)]
+)
+def test_weights_that_change_are_seen(compute, kind):
     model = kmq.optimize_(model_of("bert"), compute=compute)
     ids, mask = texts()
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -259,7 +263,7 @@ def test_weights_that_change_are_seen(compute):
 
     first = states(model, **inputs)
     assert torch.equal(first, fresh())
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.train()
     model(**inputs, labels=torch.tensor([0, 1, 2, 0, 1])).loss.backward()
     optimizer.step()

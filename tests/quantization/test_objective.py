@@ -283,6 +283,9 @@ def test_bad_input(tmp_path):
     refused("calibration: expected at least one batch", [{"input_ids": torch.zeros(0, 4, dtype=torch.long)}])
     refused("calibration: expected dictionaries of the model's arguments, .* got str", ["a text"])
     refused("calibration: BertModel does not take these batches", [{"texts": torch.zeros(1, 4)}])
+    long, unknown = ({"input_ids": torch.full((2, length), word)} for length, word in ((600, 1), (4, 10**6)))
+    for given in ([long, *batches], [*batches, long], [*batches[:2], unknown, *batches], [{"input_ids": torch.rand(2, 4)}]):
+        refused("calibration: BertModel does not take these batches", given)
     refused("calibration: only objective 'output' takes batches", batches, objective="weights")
     with pytest.raises(ValueError, match="objective: expected one of 'weights', 'output', got 'outputs'"):
         kmq.KMQConfig(objective="outputs")
@@ -306,6 +309,11 @@ def test_fewer_tokens_than_columns_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _quantized(_model(), [*_batches(6)], bits=2, objective="output", skip=["pooler"])
+
+
+def test_one_text_that_judges_itself_is_said():
+    with pytest.warns(UserWarning, match="calibration: one text is all there is, so it judges what was fitted to it"):
+        _quantized(_model(), _batches(1, rows=1), bits=2, objective="output")
 
 
 class _Net(nn.Module):

@@ -1,5 +1,7 @@
 """Embedders without labels: pooling and metrics by brute force, the stages of a run, what comes along, what is refused."""
 
+import copy
+import itertools
 import json
 import re
 
@@ -8,14 +10,14 @@ import torch
 from conftest import family_model
 from scipy.stats import spearmanr
 from tiny_task import WORDS, kmq_command, word_tokenizer
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 import kmq_kernels as kmq
 from kmq_kernels import report, training
 from kmq_kernels.files import CheckpointError
 from kmq_kernels.layers import CodebookModule
-from kmq_kernels.training import load_task
-from kmq_kernels.training.embedders import embeddings, pooled, pooling_of
+from kmq_kernels.training import embedders, load_task
+from kmq_kernels.training.embedders import EmbeddingMetrics, embeddings, pooled, pooling_of
 
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -137,6 +139,30 @@ def test_stages_of_a_run(folder):
     # The model of the first stage is the one that was given, bit for bit.
     given = fp32.state_dict()
     assert all(torch.equal(tensor, given[name]) for name, tensor in kmq.load(folder / "out/stage1").state_dict().items())
+
+
+def test_similarities_of_many_texts_are_those_of_some(folder, monkeypatch):
+    """As many pairs as memory has room for; the other metrics are of all texts. Modes of modules stay."""
+    run = _run(folder, "none")
+    model, tokenizer = (each.from_pretrained(folder / "model") for each in (AutoModel, AutoTokenizer))
+    model.train().encoder.layer[0].eval()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.embeddings.word_embeddings.weight += 0.02 * torch.randn_like(other.embeddings.word_embeddings.weight)
+    held = run.task.evaluation["held_out"]["text"]
+    full = EmbeddingMetrics(run.task, model, tokenizer, 12, "mean")(other)
+    monkeypatch.setattr(embedders, "SIMILAR", 4)
+    some = EmbeddingMetrics(run.task, model, tokenizer, 12, "mean")(other)
+    assert {name for name in full if full[name] != some[name]} == {"similarity_spearman"}
+    modes = [module.training for module in model.encoder.layer]
+    assert (model.training, modes[0], all(modes[1:])) == (True, False, True)
+    ours, theirs = (embeddings(each, tokenizer, held, 12, "mean") for each in (other, model))
+    expected = []
+    for chosen in itertools.combinations(range(len(held)), 4):
+        pairs = list(itertools.combinations(chosen, 2))
+        one, two = ([float(each[i] @ each[j]) for i, j in pairs] for each in (ours, theirs))
+        expected.append(spearmanr(one, two).statistic)
+    assert min(abs(value - some["similarity_spearman"]) for value in expected) < 1e-12
 
 
 def test_everything_of_the_folder_comes_along_and_the_card_says_the_quality(folder):

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
+import transformers
 from conftest import family_model
 from tiny_task import kmq_command, write_task
 
@@ -172,6 +174,7 @@ def test_the_command_names_what_moves(folder, tmp_path, monkeypatch, capsys):
         (["--bits", 2, "--assignments", "fixed"], {"kmeans-2bit"}),
         (["--bits-per-weight", 2, "--allocation", "distortion"], {"kmeans-distortion-2bpw"}),
         (["--bits", 2, "--preset", "paper"], {"paper-2bit"}),
+        (["--bits", 2, "--weighting", "fisher"], {"kmeans-2bit"}),
     ],
 )
 def test_codebooks_are_against_outputs_where_assignments_move(options, wanted, folder, tmp_path, monkeypatch):
@@ -226,3 +229,50 @@ def test_codebooks_that_are_frozen_do_not_move():
     model.requires_grad_(False)
     with pytest.raises(training.PipelineError, match="'moving' needs codebooks that train"), training.moving(model):
         pass
+
+
+def test_entries_of_a_list_move_for_as_many_steps_and_options_of_their_own_are_refused(folder, tmp_path, monkeypatch, capsys):
+    listed = [{"name": "a", "bits": 2, "assignments": "moving"}, {"name": "b", "bits": 2}]
+    (tmp_path / "list.json").write_text(json.dumps([*listed, {**listed[0], "name": "c", "steps": 5}]))
+    steps = []
+
+    def noted(comparison):
+        steps.append([variant.steps for variant in comparison.variants])
+        raise training.PipelineError("noted")
+
+    monkeypatch.setattr(training.Comparison, "run_of", lambda comparison, *_: noted(comparison))
+    data = ["--train-file", folder / "train.csv", "--validation-file", folder / "dev.csv", "-o", tmp_path / "out"]
+    command = ["run", folder / "model", *data, "--compare", tmp_path / "list.json"]
+    for more in ([], ["--second-steps", 40], ["--second-steps", 40, "--moving-steps", 123]):
+        assert kmq_command(monkeypatch, *command, *more) == 1
+    assert steps == [[300, None, 5], [40, None, 5], [123, None, 5]]
+    capsys.readouterr()
+    for more in (["--objective", "output"], ["--assignments", "moving"], ["--no-distill"], ["--bits", 3], ["--scheme", "linear"]):
+        assert kmq_command(monkeypatch, *command, *more) == 1
+        assert re.search(r"--\w+: every entry of a list has its own; leave it out, or --compare", capsys.readouterr().err)
+    assert len(steps) == 3
+    assert kmq_command(monkeypatch, *command[:-1], "standard", "--bits", 3) == 1
+    assert len(steps) == 4
+
+
+def test_a_model_without_hidden_states_to_follow_is_refused_at_once(tmp_path):
+    config = transformers.FunnelConfig(
+        vocab_size=64, d_model=16, n_head=2, d_head=8, d_inner=32, block_sizes=[1, 1], num_decoder_layers=1, num_labels=2
+    )
+    write_task(tmp_path)
+    transformers.FunnelForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(training.PipelineError, match=r"distill: Funnel\S+ gives hidden states of another length than the text"):
+        _run(tmp_path, "out")()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_stays_as_it_was(folder, tmp_path):
+    task = _run(folder, "x").task
+    teacher = training.load_for_task(str(folder / "model"), task, 0)[0].train()
+    teacher.bert.encoder.layer[0].eval()
+    before = {name: module.training for name, module in teacher.named_modules()}
+    model, tokenizer = training.load_for_task(str(folder / "model"), task, 0)
+    kmq.quantize_(model, kmq.KMQConfig(bits=2))
+    training.finetune(model, tokenizer, task, dataclasses.replace(MOVING, steps=2), tmp_path / "scratch", teacher)
+    assert {name: module.training for name, module in teacher.named_modules()} == before
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in teacher.parameters())
