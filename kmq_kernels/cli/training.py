@@ -284,6 +284,7 @@ def run(
             dataclasses.replace(entry, steps=moving_steps) if entry.assignments == "moving" and entry.steps is None else entry
             for entry in entries
         ]
+    _refuse_unused(variants, tasks, granularity, preset, distill)
     names = [variant.name for variant in variants]
     if doubled := next((name for name in names if names.count(name) > 1), None):
         raise training.PipelineError(f"{doubled}: asked for twice")
@@ -325,6 +326,30 @@ def run(
     print(json.dumps(content) if as_json else f"\n{text}\n\nwritten: {written}")
     if sentences := [sentence for results in everything for sentence in training.stopped_stages(results)]:
         raise training.DivergedError("; ".join(sentences))  # after all else is done and written
+
+
+def _refuse_unused(variants: Any, tasks: Any, granularity: Granularity, preset: str | None, distill: bool | None) -> None:
+    """Raises PipelineError for options of `run` that were given and would do nothing."""
+    from .. import training
+    from ..tasks import Texts
+
+    def given(*names: str) -> str | None:
+        return next(iter(Command.given(dict.fromkeys(names))), None)
+
+    still = all(variant.assignments == "fixed" for variant in variants)
+    if still and (name := given("moving_steps", "latent_lr_mult")):
+        raise training.PipelineError(f"{name}: no assignments move here; --assignments moving lets them")
+    if granularity != Granularity.group and preset is None and (name := given("group_rows")):
+        raise training.PipelineError(f"{name}: it is for --granularity group, got {granularity.value}")
+    if all(isinstance(task, Texts) for task in tasks):
+        if name := given("steps", "learning_rate"):
+            raise training.PipelineError(
+                f"{name}: it is for stage 1, which the task texts does not have; --second-steps is for stage 3"
+            )
+        if name := given("label_column"):
+            raise training.PipelineError(f"{name}: the task texts has no labels")
+        if distill is False:
+            raise training.PipelineError("distill: to follow the model itself is all that the task texts has to learn")
 
 
 def _name(config: Any) -> str:
@@ -374,7 +399,7 @@ def finetune(
     problem: ProblemOption = None,
     ignore_label: IgnoreLabel = None,
     max_length: MaxLength = 64,
-    steps: Steps = 450,
+    steps: Annotated[int, option(TRAINING, "N", "Optimizer steps.", check=number("steps", 1))] = 450,
     batch_size: Batch = 32,
     learning_rate: Annotated[
         float | None,

@@ -192,6 +192,10 @@ def _conditions(records: Sequence[Record], groups: Sequence[Group]) -> str:
             if key in request:
                 text = ", ".join(f"{name} {value}" for name, value in request[key].items() if name != "seed")
                 parts.append(f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>")
+        for name, own in request.get("stage3_of", {}).items():
+            differs = {key: value for key, value in (own or {}).items() if value != request["stage3"].get(key)}
+            text = "none" if own is None else ", ".join(f"{key} {value}" for key, value in differs.items())
+            parts.append(f"<dt>{escape(f'stage3 of {name}')}</dt><dd>{escape(text)}</dd>")
         parts.append("</dl>")
     return "".join(parts)
 

@@ -124,7 +124,10 @@ def load_texts(
     if len(held) < FEWEST or (train_file is not None and not train):
         where = "train_file" if validation_file is None else "validation_file"
         found = f"{len(train):,} to train and {len(held):,} to measure on"
-        raise TaskError(f"{where}: expected different texts, at least {FEWEST} of them to measure on, got {found}.")
+        more = (
+            f" A tenth is held out, so give {10 * FEWEST - 9} or more, or a validation file." if validation_file is None else ""
+        )
+        raise TaskError(f"{where}: expected different texts, at least {FEWEST} of them to measure on, got {found}.{more}")
     if validation_file is not None and len(train) < len(given):
         notes.append(f"{train_file}: {len(given) - len(train):,} texts left out, which are in {validation_file}, too")
     source: dict[str, Any] = {"name": TEXTS, "train_file": _absolute(train_file), "validation_file": _absolute(validation_file)}

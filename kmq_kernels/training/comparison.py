@@ -33,10 +33,12 @@ class Variant:
 
 
 def read_variants(path: Path) -> list[Variant]:
-    """The list in a JSON file: objects with a name, fields of KMQConfig, and optionally "stage3", "distill", "assignments" and
-    "steps" (of stage 3)."""
+    """The list in a JSON file: objects with a name, fields of KMQConfig, and optionally "stage3", "assignments" ("fixed"),
+    "distill" (true where they move) and "steps" (of stage 3)."""
     try:
         entries = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise PipelineError(f"{path}: there is no such file; expected a list of configurations in JSON") from None
     except (OSError, ValueError) as error:
         raise PipelineError(f"{path}: not a list of configurations in JSON ({error})") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
@@ -44,8 +46,9 @@ def read_variants(path: Path) -> list[Variant]:
     variants: list[Variant] = []
     for number, entry in enumerate(entries):
         fields = dict(entry)
-        name, stage3, distill = fields.pop("name", None), fields.pop("stage3", True), fields.pop("distill", False)
-        assignments, steps = fields.pop("assignments", "fixed"), fields.pop("steps", None)
+        name, stage3, steps = fields.pop("name", None), fields.pop("stage3", True), fields.pop("steps", None)
+        assignments = fields.pop("assignments", "fixed")
+        distill = fields.pop("distill", assignments == "moving")
         if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
             raise PipelineError(f"{path}, entry {number}: expected a name that can be a folder's, got {name!r}")
         if name in ("stage1", "control") or name in [variant.name for variant in variants]:

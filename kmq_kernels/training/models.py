@@ -166,10 +166,12 @@ _DATASETS = {"banking77": ("PolyAI/banking77", "Banking77")}
 
 def quality_of(task: Task | Texts, metrics: dict[str, float], fp32: dict[str, float] | None) -> Quality:
     """What the card says of metrics on a task."""
+    file = task.source.get("validation_file")
+    own = f"held out of {task.name}" if file is None else "/".join(Path(file).parts[-2:])
     if isinstance(task, Texts):
-        return Quality(task.name, task.name, "sentence-similarity", metrics, fp32, on_hub=False)
+        return Quality(own, own, "sentence-similarity", metrics, fp32, on_hub=False)
     glue = "data_dir" in task.source and task.source.get("data_dir") is not None
-    dataset, name = _DATASETS.get(task.name, ("nyu-mll/glue", f"GLUE {task.name}") if glue else (task.name, task.name))
+    dataset, name = _DATASETS.get(task.name, ("nyu-mll/glue", f"GLUE {task.name}") if glue else (own, own))
     return Quality(dataset, name, "text-classification", metrics, fp32, on_hub=glue or task.name in _DATASETS)
 
 

@@ -177,7 +177,9 @@ class Run:
                     return self._quantized(first, config)
                 return load(self._as_noted(second)), AutoTokenizer.from_pretrained(second)
 
-            self._stage(third, f"{name}, stage 3: fine-tune again, {training.steps} steps", again, training)
+            how = (["assignments move"] if training.assignments == "moving" else []) + (["distilled"] if training.distill else [])
+            title = f"{name}, stage 3: fine-tune again, {', '.join([f'{training.steps} steps', *how])}"
+            self._stage(third, title, again, training)
         if not self.keep_models:
             for file in (self.out / name).glob("*/*.safetensors"):
                 file.unlink()

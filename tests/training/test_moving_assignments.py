@@ -217,7 +217,7 @@ def test_a_packed_model_follows_its_teacher_by_itself(folder, tmp_path, monkeypa
     assert all(torch.equal(codes, before[name]) for name, codes in _codes(tmp_path / "fixed").items())
     training.finetune_folder(packed, task, FEW, tmp_path / "moved")
     assert any(not torch.equal(codes, before[name]) for name, codes in _codes(tmp_path / "moved").items())
-    assert "| accuracy, " in (tmp_path / "moved/README.md").read_text()
+    assert f"| accuracy, {folder.name}/dev.csv |" in (tmp_path / "moved/README.md").read_text()
     family_model("bert", num_labels=3).save_pretrained(tmp_path / "three")
     with pytest.raises(training.PipelineError, match=r"teacher: .*three is no BertForSequenceClassification with the classes of"):
         training.finetune_folder(packed, task, FEW, tmp_path / "no", str(tmp_path / "three"))
@@ -238,6 +238,7 @@ def test_entries_of_a_list_move_for_as_many_steps_and_options_of_their_own_are_r
 
     def noted(comparison):
         steps.append([variant.steps for variant in comparison.variants])
+        assert all(variant.distill == (variant.assignments == "moving") for variant in comparison.variants[:3])
         raise training.PipelineError("noted")
 
     monkeypatch.setattr(training.Comparison, "run_of", lambda comparison, *_: noted(comparison))

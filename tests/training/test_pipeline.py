@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -255,7 +256,9 @@ def test_compare_resumes_and_reports(folder, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.count("finished earlier") == 5
     assert all(entry["name"] in out for entry in COMPARED)
-    assert (folder / "cmp/report.html").is_file()
+    page = (folder / "cmp/report.html").read_text()
+    assert re.search(r"<dt>stage3 of outliers-2bit</dt><dd>[^<]*distill True", page)
+    assert "<dt>stage3 of hessian-7bpw</dt><dd>none</dd>" in page
     for seed in (0, 1):
         run = folder / f"cmp/{folder.name}-train/seed{seed}"
         results = json.loads((run / "results.json").read_text())
@@ -310,6 +313,9 @@ def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
     assert sorted(p.name for p in (folder / "run").iterdir()) == ["run.json", "task.json"]
 
 
+TEXTS = ["run", "{}/model", "--task", "texts", "--train-file", "{}/train.csv", "--bits", "2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
@@ -323,7 +329,13 @@ def test_ctrl_c_says_how_to_go_on(folder, monkeypatch, capsys):
             1,
             "size: the smallest possible for this model is",
         ),
-        (["run", "{}/model", "--compare", "{}/none.json"], 1, "not a list of configurations"),
+        (["run", "{}/model", "--compare", "{}/none.json"], 1, "none.json: there is no such file; expected a list"),
+        (["run", "{}/model", "--moving-steps", "7"], 1, "--moving-steps: no assignments move here; --assignments moving lets"),
+        (["run", "{}/model", "--latent-lr-mult", "7"], 1, "--latent-lr-mult: no assignments move here"),
+        (["run", "{}/model", "--group-rows", "4"], 1, "--group-rows: it is for --granularity group, got tensor"),
+        ([*TEXTS, "--steps", "9"], 1, "--steps: it is for stage 1, which the task texts does not have"),
+        ([*TEXTS, "--label-column", "x"], 1, "--label-column: the task texts has no labels"),
+        ([*TEXTS, "--no-distill"], 1, "distill: to follow the model itself is all that the task texts has to learn"),
         (["run", "{}/model", "--bits", "2", "--bits", "2"], 1, "kmeans-2bit-output: asked for twice"),
         (["report", "{}"], 1, "no results of `kmq run`"),
         (["finetune", "{}/model", "-o", "{}"], 1, "it exists"),
