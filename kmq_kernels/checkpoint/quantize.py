@@ -152,6 +152,7 @@ def quantize_checkpoint(
         mine = _share(todo, ranks.size)[ranks.rank]
         progress.begin(sum(shard.work for shard in settled.shards) - sum(shard.work for shard in todo))
         ready: dict[str, Tensor] = {}
+        begun = time.perf_counter()
         if calibration is not None and todo:
             fitting = _Fitting(settled, progress)
             with output_errors(out):
@@ -159,7 +160,7 @@ def quantize_checkpoint(
             known.update(read_now)
             fitting.finish()
         stream = Stream(out, settled, device, lambda shard, batch: progress.add(batch, shard.name), known)
-        stream.ready = ready
+        stream.ready, stream.times.cluster = ready, time.perf_counter() - begun
         if todo:
             with output_errors(out):
                 stream.run(mine)
