@@ -42,7 +42,7 @@ $(VENV)/built: $(VENV)/installed setup.py pyproject.toml $(shell find csrc -type
 
 demo: $(VENV)/built
 	$(BIN)/kmq run minilm --task banking77 --bits 4 --bits 3 --bits 2 --scheme kmeans --scheme linear --assignments fixed -o $(DEMO_OUT)
-	$(BIN)/kmq run minilm --task banking77 --bits 3 --bits 2 --assignments moving --moving-steps 150 -o $(DEMO_OUT)
+	$(BIN)/kmq run minilm --task banking77 --bits 3 --bits 2 --assignments moving --moving-steps 100 -o $(DEMO_OUT)
 
 SANITIZE := -std=c++20 -O1 -g1 -Wno-psabi -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc
 SANITIZED := $(patsubst csrc/%.cpp,build/sanitize/%.o,$(shell find csrc/cpu -name "*.cpp"))
