@@ -311,6 +311,16 @@ def test_fewer_tokens_than_columns_is_said():
         _quantized(_model(), [*_batches(6)], bits=2, objective="output", skip=["pooler"])
 
 
+def test_what_layers_give_is_computed_no_further_than_there_is_room_for_it(monkeypatch):
+    """The model's own size; a batch here gives 8 x 12 x 32 values of 4 bytes."""
+    calls, block = [], Passes._block
+    monkeypatch.setattr(Passes, "_block", lambda self, *one: calls.append(one) or block(self, *one))
+    dense = _model()
+    room = sum(p.numel() * 4 for p in dense.parameters()) // (8 * 12 * 32 * 4)
+    _quantized(dense, _batches(2 * room), bits=2, objective="output")
+    assert len(calls) == room + 1
+
+
 def test_one_text_that_judges_itself_is_said():
     with pytest.warns(UserWarning, match="calibration: one text is all there is, so it judges what was fitted to it"):
         _quantized(_model(), _batches(1, rows=1), bits=2, objective="output")
