@@ -321,6 +321,17 @@ def test_what_layers_give_is_computed_no_further_than_there_is_room_for_it(monke
     assert len(calls) == room + 1
 
 
+def test_fisher_weights_that_say_nothing_are_said():
+    dense = _model()
+    weights = {name: torch.rand_like(layer.weight) for name, layer in dense.named_modules() if isinstance(layer, nn.Linear)}
+    for granularity, said in (("row", True), ("tensor", False)):
+        config = kmq.KMQConfig(bits=2, weighting="fisher", objective="output", granularity=granularity, skip=["embeddings"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            kmq.quantize_(copy.deepcopy(dense), config, sample_weight=weights, calibration=_batches(6))
+        assert any("takes Fisher weights for embeddings alone" in str(each.message) for each in caught) == said
+
+
 def test_one_text_that_judges_itself_is_said():
     with pytest.warns(UserWarning, match="calibration: one text is all there is, so it judges what was fitted to it"):
         _quantized(_model(), _batches(1, rows=1), bits=2, objective="output")
