@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torch 2.13.0: optimizers with fused=True write their parameters without counting it in the version that autograd checks; all others
+# torch 2.13.0: optimizers with fused=True write their parameters without counting it in the version that autograd checks; without it they
 # count. So a backward through a graph that was recorded before the step, which raises RuntimeError else, silently takes the
 # new weights: for w * (w * x) at w = 3 the gradient by x is 9, and after a step of SGD to w = 2 it gives 4. Whatever keeps something
 # made of weights and asks `_version` whether they have changed keeps it too long.
