@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .files import locked, one_line, publish_file
-from .quantization import KMQConfig, plan
+from .quantization import KMQConfig, evaluating, plan
 from .terminal import draws_bars
 
 logger = logging.getLogger(__name__)
@@ -225,17 +225,14 @@ def _moved(content: Any, device: torch.device) -> Any:
 @contextlib.contextmanager
 def _prepared(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
     """Eval mode and gradients for these weights only; afterwards as it was."""
-    training = {module: module.training for module in model.modules()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     wanted = {id(weight) for weight in weights.values()}
     try:
-        model.eval()
         for parameter in trained:
             parameter.requires_grad_(id(parameter) in wanted)
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, was in training.items():
-            module.training = was
         for parameter, was in trained.items():
             parameter.requires_grad_(was)
 

@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..files import stopped_in
-from . import bench, checkpoint, compare, show, training
+from . import bench, checkpoint, compare, run, show, training
 from .command import Command, Group
 from .messages import listening, note
 
@@ -39,7 +39,7 @@ def _(
 
 
 for command in (
-    training.run, training.finetune, training.evaluate, checkpoint.quantize, checkpoint.verify, bench.bench, compare.compare,
+    run.run, training.finetune, training.evaluate, checkpoint.quantize, checkpoint.verify, bench.bench, compare.compare,
     show.inspect, show.report,
 ):  # fmt: skip
     app.command(cls=Command)(command)

@@ -6,6 +6,7 @@ from .config import PRESETS, QUANT_METHOD, KMQConfig, name_matches
 from .encoding import EncodedWeight, encode_weights, encoded_bytes, encoded_shapes
 from .heads import classification_layers
 from .marking import described, mark_quantized
+from .modes import evaluating
 from .objective import encode_for_outputs
 from .plan import Plan, plan, refuse_unmatched, remarks
 from .quantize import quantize_
@@ -34,6 +35,7 @@ __all__ = [
     "encode_weights",
     "encoded_bytes",
     "encoded_shapes",
+    "evaluating",
     "find_budget",
     "join_indices",
     "kind_of",

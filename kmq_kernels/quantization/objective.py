@@ -35,6 +35,7 @@ from .calibration import Batch, Group, Passes, layers_of, read_batches, token_we
 from .config import KMQConfig
 from .distance import distance, first_tensor, gradient_moments
 from .encoding import EncodedWeight, decode, decode_rows, encode_weights
+from .modes import evaluating
 from .weights import Weight
 
 log = logging.getLogger(__name__)
@@ -372,14 +373,8 @@ def _own_bias(weight: Weight, model: nn.Module) -> nn.Parameter | None:
 @contextmanager
 def _prepared(model: nn.Module) -> Iterator[None]:
     """Eval mode, and products of fp32 values as exact as fp32; afterwards as it was."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with _full_precision():
-            yield
-    finally:
-        for module, was in training.items():
-            module.training = was
+    with evaluating(model), _full_precision():
+        yield
 
 
 @contextmanager

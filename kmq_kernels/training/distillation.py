@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..quantization import evaluating
 from .settings import PipelineError
 
 DISTILL_TEMPERATURE = 2.0
@@ -41,17 +41,6 @@ def distillation_loss(student: Any, teacher: Any, attention_mask: Tensor, regres
         ours, theirs = (torch.log_softmax(out.logits / DISTILL_TEMPERATURE, -1) for out in (student, teacher))
         soft = torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True) * DISTILL_TEMPERATURE**2
     return soft + hidden_states_loss(student.hidden_states, teacher.hidden_states, attention_mask)
-
-
-@contextlib.contextmanager
-def evaluating(model: Any) -> Iterator[Any]:
-    """The model in evaluation mode; afterwards its modules are in their modes again."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        yield model.eval()
-    finally:
-        for module, was in training.items():
-            module.training = was
 
 
 @torch.no_grad()

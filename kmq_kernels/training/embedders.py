@@ -15,9 +15,10 @@ from transformers import AutoModel
 
 from ..files import CheckpointError, model_folder, one_line, read_json
 from ..layers import CodebookModule
+from ..quantization import evaluating
 from ..tasks import Texts
 from ..terminal import draws_bars
-from .distillation import Teacher, evaluating, hidden_states_loss
+from .distillation import Teacher, hidden_states_loss
 from .models import load_tokenizer, require_weights
 from .settings import DivergedError, PipelineError
 

@@ -69,7 +69,7 @@ def check_fits(model: Any, tokenizer: Any, max_length: int) -> None:
     words = max(tokenizer.get_vocab().values(), default=-1) + 1
     try:
         rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:  # characters that are hashed
+    except NotImplementedError:  # transformers finds no table of words in CANINE, which hashes characters into several
         rows = None
     if rows is not None and words > rows:
         raise PipelineError(f"tokenizer: it has {words:,} words, the model {rows:,}; they do not belong together")

@@ -9,7 +9,8 @@ from snapshots import assert_snapshot
 from kmq_kernels import cli, report
 from kmq_kernels.cli import layout, show
 from kmq_kernels.cli.checkpoint import _print_plan, _print_summary
-from kmq_kernels.cli.training import _print_metrics, results_table, summary_table
+from kmq_kernels.cli.results import results_table, summary_table
+from kmq_kernels.cli.training import _print_metrics
 
 COMMANDS = ("", "run", "finetune", "evaluate", "quantize", "verify", "bench", "compare", "inspect", "report")
 

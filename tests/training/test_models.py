@@ -209,3 +209,17 @@ def test_everything_is_refused_before_anything_runs(folder, task):
     only = load_task(validation_file=folder / "dev.csv", model_classes=("no", "yes"))
     with pytest.raises(training.PipelineError, match=r"train_file: .* has no training set"):
         training.finetune(model, tokenizer, only, SHORT, folder / "scratch")
+
+
+def test_a_model_of_characters_has_no_table_of_words(folder, task):
+    """CANINE hashes characters into several embeddings; stage 3 with fixed assignments works all the same."""
+    config = transformers.CanineConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_hash_buckets=64,
+        max_position_embeddings=128, local_transformer_stride=16, num_labels=2,
+    )  # fmt: skip
+    transformers.CanineForSequenceClassification(config).save_pretrained(folder / "canine")
+    transformers.CanineTokenizer().save_pretrained(folder / "canine")
+    few = training.TrainingSettings(steps=1, batch_size=8, max_length=64)
+    configs = {"four": kmq.KMQConfig(bits=4)}
+    found = training.Run(str(folder / "canine"), task, folder / "characters", configs, stage1=few, stage3=few, control=False)()
+    assert found["quantized"]["four"]["stage3"]["metrics"]
